@@ -1,0 +1,23 @@
+/* Work over threads. Knows no kernel. */
+#ifndef QK_PARALLEL_H
+#define QK_PARALLEL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/* Handles items [first, last) of a job. */
+typedef void (*qk_range_fn)(size_t first, size_t last, void *context);
+
+/* Call fn over [0, items) in disjoint ranges of at least `grain` items each (the last may be
+ * smaller), on up to the current number of threads; return when all are done. Each worker runs
+ * under the caller's floating-point control state. Serial in a forked child. */
+void qk_parallel_for(size_t items, size_t grain, qk_range_fn fn, void *context);
+
+/* torch's own loop and thread count (the stable shim's torch_parallel_for and
+ * torch_get_num_threads); set once by torch_ops.c. */
+typedef int32_t (*qk_torch_for)(int64_t begin, int64_t end, int64_t grain,
+                                void (*fn)(int64_t, int64_t, void *), void *context);
+typedef int32_t (*qk_torch_threads)(uint32_t *threads);
+void qk_use_torch_threads(qk_torch_for loop, qk_torch_threads count);
+
+#endif

@@ -1,0 +1,160 @@
+/* The whole C API of the quantization kernels, on one page.
+ *
+ * A matrix of weights is cut into blocks; each block has one scale and, in
+ * asymmetric mode, one zero point. Every granularity is a block shape:
+ *
+ *   per tensor (rows, cols)   per row (1, cols)   per column (rows, 1)
+ *   groups along a row (1, g) groups along a column (g, 1)
+ *
+ * A last block that the matrix does not fill is simply smaller.
+ *
+ * Every buffer belongs to the caller, is C-contiguous, in native byte order, at
+ * any address (no alignment is asked for); outputs must not overlap inputs.
+ * Nothing is written unless the arguments pass their checks.
+ */
+#ifndef QK_H
+#define QK_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+typedef enum qk_status {
+    QK_OK = 0,
+    QK_BAD_DTYPE,     /* a dtype that this call does not take */
+    QK_BAD_BITS,      /* a width outside 1..8, or wider than its container */
+    QK_BAD_SHAPE,     /* a block of no rows or columns, or sizes whose product overflows */
+    QK_BAD_CODES,     /* a code range that its type cannot hold */
+    QK_BAD_ISA,       /* an instruction set this build does not know or this CPU lacks */
+    QK_OVERLAP,       /* an output shares memory with an input */
+    QK_NON_FINITE,    /* the source holds a NaN or an infinity */
+    QK_NEGATIVE,      /* symmetric codes without a sign, source with negative values */
+    QK_OUT_OF_MEMORY, /* scratch memory could not be had */
+} qk_status;
+
+/* What a status means, in words; never NULL. */
+const char *qk_status_text(qk_status status);
+
+typedef enum qk_dtype {
+    QK_FLOAT32 = 0,
+    QK_FLOAT64,
+    QK_FLOAT16,
+    QK_BFLOAT16,
+    QK_FLOAT8_E4M3FN,
+    QK_FLOAT8_E5M2,
+    QK_INT8,
+    QK_UINT8,
+    QK_INT16,
+    QK_DTYPES /* how many there are */
+} qk_dtype;
+
+size_t qk_dtype_bytes(qk_dtype dtype);
+
+/* ---- quantize: source -> codes + scales + zero points ------------------- */
+
+typedef struct qk_grid {
+    size_t rows, cols;             /* of the matrix; either may be 0 */
+    size_t block_rows, block_cols; /* of one block; at least 1 */
+} qk_grid;
+
+typedef enum qk_mode {
+    QK_SYMMETRIC =
+        0,         /* scale = max|x| / code_max (integers: / half the code range), no zero point */
+    QK_ASYMMETRIC, /* scale = (max(x,0) - min(x,0)) / (code_max - code_min), integer zero point */
+    QK_BINARY,     /* codes -1 and +1, scale = mean|x| (Rastegari et al., XNOR-Net, 2016) */
+} qk_mode;
+
+/* How numbers become codes. The arithmetic is done in the "compute type": double
+ * for a float64 source, float for the others. Scales are arrays of that type. */
+typedef struct qk_spec {
+    qk_dtype source; /* float32, float64, float16 or bfloat16 */
+    qk_dtype code;   /* int8, uint8, int16, float32, float16, bfloat16 or a float8 */
+    qk_dtype scale;  /* a scale is rounded to this float type before any code is made */
+    qk_mode mode;
+    double code_min; /* smallest and largest code; for float codes -max and +max of the type */
+    double code_max;
+    int keep_non_finite; /* 0: a NaN or infinity is refused; 1: its block gets scale NaN and codes 0
+                          */
+} qk_spec;
+
+/* Scales [ceil(rows/block_rows)][ceil(cols/block_cols)], in the compute type, and zero
+ * points of the same shape (NULL unless asymmetric) of `source`.
+ * On QK_NON_FINITE and QK_NEGATIVE, *where is the flat index of the first culprit. */
+qk_status qk_measure(void *scale, int32_t *zero, const void *source, const qk_grid *grid,
+                     const qk_spec *spec, size_t *where);
+
+/* Codes of `source` under given scales and zero points (NULL: all 0):
+ * integers clamp(round_half_even(x / scale) + zero, code_min, code_max),
+ * floats   clamp(x / scale, code_min, code_max) rounded to nearest even;
+ * a NaN or x/0 with x = 0 gives 0. */
+qk_status qk_encode(void *codes, const void *source, const void *scale, const int32_t *zero,
+                    const qk_grid *grid, const qk_spec *spec);
+
+/* qk_measure, then qk_encode, reading each row once where the grid allows it. */
+qk_status qk_quantize(void *codes, void *scale, int32_t *zero, const void *source,
+                      const qk_grid *grid, const qk_spec *spec, size_t *where);
+
+/* out = (code - zero) * scale, computed in double for a float64 `out`, in float otherwise
+ * (the type of `scale`), then rounded to `out_dtype`: float32, float64, float16, bfloat16. */
+qk_status qk_decode(void *out, qk_dtype out_dtype, const void *codes, qk_dtype code_dtype,
+                    const void *scale, const int32_t *zero, const qk_grid *grid);
+
+/* ---- pack: codes of 1..8 bits <-> containers of 1, 2, 4 or 8 bytes ------- */
+
+typedef struct qk_packing {
+    size_t rows, cols;      /* of the unpacked codes, one byte each */
+    size_t bits;            /* 1..8 */
+    size_t container_bytes; /* 1, 2, 4 or 8; containers are little-endian streams of bits */
+    int axis;               /* 0: a stream runs down each column; 1: along each row */
+    int straddle; /* 1: dense, a code may straddle two containers; 0: aligned, it may not */
+} qk_packing;
+
+/* Containers that one stream of `length` codes fills. */
+size_t qk_packed_length(size_t length, const qk_packing *packing);
+
+/* The low `bits` bits of each code, first code in the lowest bits; unused bits are 0.
+ * packed is [packed_length(rows)][cols] for axis 0, [rows][packed_length(cols)] for axis 1. */
+qk_status qk_pack(void *packed, const uint8_t *codes, const qk_packing *packing);
+/* The reverse; is_signed: codes are two's complement, sign-extended into the byte. */
+qk_status qk_unpack(uint8_t *codes, const void *packed, const qk_packing *packing, int is_signed);
+
+/* Ternary codes 0, 1, 2, five to a byte in base 3, first code in the lowest digit.
+ * codes [rows][cols], packed [rows][ceil(cols/5)]. */
+qk_status qk_pack_ternary(uint8_t *packed, const uint8_t *codes, size_t rows, size_t cols);
+qk_status qk_unpack_ternary(uint8_t *codes, const uint8_t *packed, size_t rows, size_t cols);
+
+/* ---- linear: y = x (int8 * scale)^T + bias ------------------------------ */
+
+typedef struct qk_linear {
+    size_t tokens, out_features, in_features;
+    const int8_t *weights; /* [out_features][in_features] */
+    const void *scales;    /* [out_features] */
+    const void *bias;      /* [out_features], or NULL */
+    qk_dtype scales_dtype; /* float32, float64, float16 or bfloat16, each on its own */
+    qk_dtype bias_dtype;
+    qk_dtype x_dtype; /* float64: accumulated in double, float otherwise */
+    qk_dtype y_dtype;
+} qk_linear;
+
+/* y [tokens][out_features], x [tokens][in_features]. Scale and bias are applied in the
+ * accumulator's type, then y is rounded once. */
+qk_status qk_linear_forward(void *y, const void *x, const qk_linear *linear);
+
+/* grad_x [tokens][in_features] = (grad_y * scales) weights, from grad_y [tokens][out_features].
+ * grad_y has y_dtype, grad_x has x_dtype; bias is not read. */
+qk_status qk_linear_backward(void *grad_x, const void *grad_y, const qk_linear *linear);
+
+/* ---- instruction sets and threads --------------------------------------- */
+
+/* Name of the index-th instruction set that this build has and this CPU runs, best first;
+ * NULL past the end. */
+const char *qk_isa_name(size_t index);
+const char *qk_active_isa(void);
+/* Make `name` the active one, or leave everything as it is and return QK_BAD_ISA. */
+qk_status qk_set_isa(const char *name);
+
+/* Threads for the calls above. 0: follow torch when it is loaded, else 1.
+ * n > 0: at most n threads of our own, made for each call that is large enough. */
+void qk_set_threads(size_t threads);
+size_t qk_get_threads(void);
+
+#endif

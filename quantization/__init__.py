@@ -1,0 +1,1 @@
+"""Weight quantization for PyTorch on C kernels."""
