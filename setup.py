@@ -16,9 +16,14 @@ from setuptools import Extension, setup
 # Free-threaded CPython has no limited API: there the extension is built for one version.
 LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 SOURCES = sorted(path.as_posix() for path in Path("csrc").rglob("*.c"))
-HEADERS = sorted(path.as_posix() for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inc", ".def"})
+HEADERS = sorted(
+    path.as_posix() for path in Path("csrc").rglob("*") if path.suffix in {".h", ".inc", ".def"}
+)
 
-MACROS = [("NPY_NO_DEPRECATED_API", "NPY_1_23_API_VERSION"), ("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION")]
+MACROS = [
+    ("NPY_NO_DEPRECATED_API", "NPY_1_23_API_VERSION"),
+    ("NPY_TARGET_VERSION", "NPY_1_23_API_VERSION"),
+]
 if LIMITED_API:
     MACROS.append(("Py_LIMITED_API", "0x030B0000"))
 

@@ -1,1 +1,136 @@
-"""Weight quantization for PyTorch on C kernels."""
+"""Weight quantization for PyTorch on C kernels: every part exposed.
+
+>>> import torch
+>>> from quantization import QWQALinearLayer, Target, replace_linear_layers_with_w8a16
+>>> model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 8))
+>>> report = replace_linear_layers_with_w8a16(model, Target.Linear(QWQALinearLayer), ["2"])
+>>> type(model[0]).__name__, type(model[2]).__name__
+('QWQALinearLayer', 'Linear')
+
+Names are loaded when first used, so the NumPy core works where torch is not installed.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from quantization._native import (
+        active_isa,
+        get_num_threads,
+        isas,
+        set_isa,
+        set_num_threads,
+    )
+    from quantization.linear import quantized_forward
+    from quantization.linear_layer import (
+        QWQALinearLayer,
+        name_for_quantized_weight_buffer,
+    )
+    from quantization.linear_quantizer import (
+        PER_COLUMNS,
+        PER_ROWS,
+        Granularity,
+        Mode,
+        QuantizationParameters,
+        dequantize_linear,
+        get_info,
+        get_scale_and_zero_for,
+        group,
+        per_dim_scale_and_zero_for,
+        quantize_linear,
+    )
+    from quantization.replacement import (
+        ReplacementReport,
+        Target,
+        replace_linear_layers_with_w8a16,
+        target_class_from,
+    )
+    from quantization.weight_pack import (
+        Packing,
+        bit_shifts,
+        get_dtype_size_in_bits,
+        get_max_bits_needed,
+        pack_weights,
+        unpack_weights,
+    )
+
+_HOMES = {
+    "_native": ("active_isa", "get_num_threads", "isas", "set_isa", "set_num_threads"),
+    "linear": ("quantized_forward",),
+    "linear_layer": ("QWQALinearLayer", "name_for_quantized_weight_buffer"),
+    "linear_quantizer": (
+        "PER_COLUMNS",
+        "PER_ROWS",
+        "Granularity",
+        "Mode",
+        "QuantizationParameters",
+        "dequantize_linear",
+        "get_info",
+        "get_scale_and_zero_for",
+        "group",
+        "per_dim_scale_and_zero_for",
+        "quantize_linear",
+    ),
+    "replacement": (
+        "ReplacementReport",
+        "Target",
+        "replace_linear_layers_with_w8a16",
+        "target_class_from",
+    ),
+    "weight_pack": (
+        "Packing",
+        "bit_shifts",
+        "get_dtype_size_in_bits",
+        "get_max_bits_needed",
+        "pack_weights",
+        "unpack_weights",
+    ),
+}
+_HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "PER_COLUMNS",
+    "PER_ROWS",
+    "Granularity",
+    "Mode",
+    "Packing",
+    "QWQALinearLayer",
+    "QuantizationParameters",
+    "ReplacementReport",
+    "Target",
+    "__version__",
+    "active_isa",
+    "bit_shifts",
+    "dequantize_linear",
+    "get_dtype_size_in_bits",
+    "get_info",
+    "get_max_bits_needed",
+    "get_num_threads",
+    "get_scale_and_zero_for",
+    "group",
+    "isas",
+    "name_for_quantized_weight_buffer",
+    "pack_weights",
+    "per_dim_scale_and_zero_for",
+    "quantize_linear",
+    "quantized_forward",
+    "replace_linear_layers_with_w8a16",
+    "set_isa",
+    "set_num_threads",
+    "target_class_from",
+    "unpack_weights",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME_OF:
+        raise AttributeError(f"module 'quantization' has no attribute {name!r}")
+    value = getattr(import_module(f"quantization.{_HOME_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

@@ -1,0 +1,141 @@
+"""The number types of the package: what a code, a scale or an activation may be.
+
+A type is named as torch names it (``"int4"``, ``"uint3"``, ``"float8_e4m3fn"``, ``"bfloat16"``);
+torch dtypes, NumPy dtypes and strings all lead to the same :class:`DType`. Torch is not imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quantization import _kernels
+
+
+@dataclass(frozen=True)
+class DType:
+    """One number type.
+
+    Attributes:
+        name: torch's name of the type, without ``torch.``.
+        bits: width of a number in bits.
+        is_floating_point: whether it is a float type.
+        is_signed: whether it holds negative numbers.
+        min: smallest finite number. ``int1`` is binary: its numbers are -1 and +1.
+        max: largest finite number.
+        storage: name of the type that holds it in memory (``int4`` lives in ``int8``).
+        kernel: the type's number in the C kernels.
+    """
+
+    name: str
+    bits: int
+    is_floating_point: bool
+    is_signed: bool
+    min: float
+    max: float
+    storage: str
+    kernel: int
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes that one number takes in memory."""
+        return {"int16": 2, "float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}.get(
+            self.storage, 1
+        )
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _float(name: str, bits: int, largest: float) -> DType:
+    return DType(name, bits, True, True, -largest, largest, name, getattr(_kernels, name.upper()))
+
+
+def _integer(bits: int, is_signed: bool) -> DType:
+    name = f"{'' if is_signed else 'u'}int{bits}"
+    storage = name if bits > 8 else ("int8" if is_signed else "uint8")
+    low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if is_signed else (0, (1 << bits) - 1)
+    if name == "int1":
+        low, high = -1, 1
+    return DType(
+        name, bits, False, is_signed, low, high, storage, getattr(_kernels, storage.upper())
+    )
+
+
+#: Types that weights, activations and scales may have.
+SOURCES: dict[str, DType] = {
+    dtype.name: dtype
+    for dtype in (
+        _float("float32", 32, float(np.finfo(np.float32).max)),
+        _float("float64", 64, float(np.finfo(np.float64).max)),
+        _float("float16", 16, 65504.0),
+        _float("bfloat16", 16, float.fromhex("0x1.fep127")),
+    )
+}
+
+#: Types that codes may have.
+TARGETS: dict[str, DType] = {
+    dtype.name: dtype
+    for dtype in (
+        *(_integer(bits, True) for bits in (*range(1, 9), 16)),
+        *(_integer(bits, False) for bits in range(1, 9)),
+        *(SOURCES[name] for name in ("float32", "float16", "bfloat16")),
+        _float("float8_e4m3fn", 8, 448.0),
+        _float("float8_e5m2", 8, 57344.0),
+    )
+}
+
+_ALL = SOURCES | TARGETS
+
+
+def name_of(dtype: Any) -> str:
+    """Name of anything that names a type: a :class:`DType`, torch dtype, NumPy dtype or string.
+
+    Raises:
+        TypeError: if it names none.
+    """
+    if isinstance(dtype, DType):
+        return dtype.name
+    text = str(dtype)
+    if text.startswith("torch."):
+        return text.removeprefix("torch.")
+    if isinstance(dtype, str) and dtype in _ALL:
+        return dtype
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        raise TypeError(
+            f"{dtype!r} is not a dtype; give a torch dtype, a NumPy dtype or a name such as 'int8'"
+        ) from None
+
+
+def target_of(dtype: Any) -> DType:
+    """The code type that ``dtype`` names.
+
+    Raises:
+        TypeError: if codes cannot have that type; the message lists those they can.
+
+    Example:
+        >>> target_of("int4").max
+        7
+        >>> target_of(np.uint8).max
+        255
+    """
+    name = name_of(dtype)
+    if name not in TARGETS:
+        raise TypeError(f"cannot quantize to {name}; allowed are {', '.join(TARGETS)}")
+    return TARGETS[name]
+
+
+def source_of(dtype: Any, what: str = "tensor") -> DType:
+    """The float type that ``dtype`` names.
+
+    Raises:
+        TypeError: if it is not one of float32, float64, float16, bfloat16.
+    """
+    name = name_of(dtype)
+    if name not in SOURCES:
+        raise TypeError(f"{what} has dtype {name}; allowed are {', '.join(SOURCES)}")
+    return SOURCES[name]
