@@ -76,9 +76,9 @@ class Rule(NamedTuple):
     def arguments(self, source: DType) -> tuple[Any, ...]:
         """The kernels' arguments for a source of that type."""
         return (
-            source.kernel,
-            self.target.kernel,
-            self.scale.kernel,
+            _kernel_number(source),
+            _kernel_number(self.target.storage),
+            _kernel_number(self.scale),
             self.mode,
             float(self.code_min),
             float(self.code_max),
@@ -214,7 +214,9 @@ def decode(
         scale = (scale.view("uint16").astype("uint32") << 16).view("float32")
     scale = scale.astype(_compute_type(out), copy=False)
     zero = None if zero is None else to_array(zero, "zero_point").astype("int32", copy=False)
-    _kernels.decode(result, array, scale, zero, *grid, out.kernel, code.kernel)
+    _kernels.decode(
+        result, array, scale, zero, *grid, _kernel_number(out), _kernel_number(code.storage)
+    )
     return as_tensor_like(result, out, codes)
 
 

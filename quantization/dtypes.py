@@ -11,8 +11,6 @@ from typing import Any
 
 import numpy as np
 
-from quantization import _kernels
-
 
 @dataclass(frozen=True)
 class DType:
@@ -26,7 +24,6 @@ class DType:
         min: smallest finite number. ``int1`` is binary: its numbers are -1 and +1.
         max: largest finite number.
         storage: name of the type that holds it in memory (``int4`` lives in ``int8``).
-        kernel: the type's number in the C kernels.
     """
 
     name: str
@@ -36,7 +33,6 @@ class DType:
     min: float
     max: float
     storage: str
-    kernel: int
 
     @property
     def itemsize(self) -> int:
@@ -50,7 +46,7 @@ class DType:
 
 
 def _float(name: str, bits: int, largest: float) -> DType:
-    return DType(name, bits, True, True, -largest, largest, name, getattr(_kernels, name.upper()))
+    return DType(name, bits, True, True, -largest, largest, name)
 
 
 def _integer(bits: int, is_signed: bool) -> DType:
@@ -59,9 +55,7 @@ def _integer(bits: int, is_signed: bool) -> DType:
     low, high = (-(1 << bits - 1), (1 << bits - 1) - 1) if is_signed else (0, (1 << bits) - 1)
     if name == "int1":
         low, high = -1, 1
-    return DType(
-        name, bits, False, is_signed, low, high, storage, getattr(_kernels, storage.upper())
-    )
+    return DType(name, bits, False, is_signed, low, high, storage)
 
 
 #: Types that weights, activations and scales may have.
