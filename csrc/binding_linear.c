@@ -1,0 +1,57 @@
+#include "binding.h"
+
+PyObject *qk_py_linear(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *y, *x, *weights, *scales, *bias;
+    qk_linear linear = {0};
+    int y_dtype, x_dtype, scales_dtype, bias_dtype;
+    if (!PyArg_ParseTuple(args, "OOOOOnnniiii", &y, &x, &weights, &scales, &bias, &linear.tokens,
+                          &linear.out_features, &linear.in_features, &y_dtype, &x_dtype,
+                          &scales_dtype, &bias_dtype))
+        return NULL;
+    linear.y_dtype = (qk_dtype)y_dtype;
+    linear.x_dtype = (qk_dtype)x_dtype;
+    linear.scales_dtype = (qk_dtype)scales_dtype;
+    linear.bias_dtype = (qk_dtype)bias_dtype;
+    size_t x_items, y_items, weight_items, where = 0;
+    if (!qk_count(linear.tokens, linear.in_features, &x_items) ||
+        !qk_count(linear.tokens, linear.out_features, &y_items) ||
+        !qk_count(linear.out_features, linear.in_features, &weight_items))
+        return NULL;
+    void *y_data, *x_data;
+    QK_ARRAY(y_data, y, y_items, qk_dtype_bytes(linear.y_dtype), 1);
+    QK_ARRAY(x_data, x, x_items, qk_dtype_bytes(linear.x_dtype), 0);
+    QK_ARRAY(linear.weights, weights, weight_items, 1, 0);
+    QK_ARRAY(linear.scales, scales, linear.out_features, qk_dtype_bytes(linear.scales_dtype), 0);
+    QK_ARRAY_OR_NONE(linear.bias, bias, linear.out_features, qk_dtype_bytes(linear.bias_dtype), 0);
+    qk_status status;
+    QK_RUN(qk_linear_forward(y_data, x_data, &linear));
+}
+
+PyObject *qk_py_linear_backward(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *grad_x, *grad_y, *weights, *scales;
+    qk_linear linear = {0};
+    int x_dtype, y_dtype, scales_dtype;
+    if (!PyArg_ParseTuple(args, "OOOOnnniii", &grad_x, &grad_y, &weights, &scales, &linear.tokens,
+                          &linear.out_features, &linear.in_features, &x_dtype, &y_dtype,
+                          &scales_dtype))
+        return NULL;
+    linear.y_dtype = (qk_dtype)y_dtype;
+    linear.x_dtype = (qk_dtype)x_dtype;
+    linear.scales_dtype = (qk_dtype)scales_dtype;
+    size_t x_items, y_items, weight_items, where = 0;
+    if (!qk_count(linear.tokens, linear.in_features, &x_items) ||
+        !qk_count(linear.tokens, linear.out_features, &y_items) ||
+        !qk_count(linear.out_features, linear.in_features, &weight_items))
+        return NULL;
+    void *grad_x_data, *grad_y_data;
+    QK_ARRAY(grad_x_data, grad_x, x_items, qk_dtype_bytes(linear.x_dtype), 1);
+    QK_ARRAY(grad_y_data, grad_y, y_items, qk_dtype_bytes(linear.y_dtype), 0);
+    QK_ARRAY(linear.weights, weights, weight_items, 1, 0);
+    QK_ARRAY(linear.scales, scales, linear.out_features, qk_dtype_bytes(linear.scales_dtype), 0);
+    qk_status status;
+    QK_RUN(qk_linear_backward(grad_x_data, grad_y_data, &linear));
+}
