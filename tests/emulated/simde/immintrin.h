@@ -1,0 +1,12 @@
+/* Stands in for the compiler's <immintrin.h> when kernels/avx512.c is built for CPUs without
+ * AVX-512: SIMDe's plain C definitions of the intrinsics, under their own names. */
+#ifndef EMULATED_IMMINTRIN_H
+#define EMULATED_IMMINTRIN_H
+
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx2.h>
+#include <simde/x86/avx512.h>
+#include <simde/x86/f16c.h>
+#include <simde/x86/fma.h>
+
+#endif
