@@ -10,11 +10,13 @@ typedef void (*qk_range_fn)(size_t first, size_t last, void *context);
 
 /* Call fn over [0, items) in disjoint ranges of at least `grain` items each (the last may be
  * smaller), on up to the current number of threads; return when all are done. Each worker runs
- * under the caller's floating-point control state. Serial in a forked child. */
+ * under the caller's floating-point control state. A call from inside a worker is serial, and so is
+ * one in a forked child when the threads are torch's, which did not survive the fork. fn must not
+ * care how the items are cut. */
 void qk_parallel_for(size_t items, size_t grain, qk_range_fn fn, void *context);
 
 /* torch's own loop and thread count (the stable shim's torch_parallel_for and
- * torch_get_num_threads); set once by torch_ops.c. */
+ * torch_get_num_threads); set once by torch_ops.c. Both return 0 for success. */
 typedef int32_t (*qk_torch_for)(int64_t begin, int64_t end, int64_t grain,
                                 void (*fn)(int64_t, int64_t, void *), void *context);
 typedef int32_t (*qk_torch_threads)(uint32_t *threads);
