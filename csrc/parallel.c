@@ -1,14 +1,14 @@
 /* Three back ends: torch's pool (the default when torch is loaded), our own threads, made for one
  * call and joined (on request), or the caller alone. Nothing waits between calls, so there is
  * nothing to shut down and no second pool that would fight torch's for the cores. */
-#define _POSIX_C_SOURCE 200809L
+#define _POSIX_C_SOURCE 200809L /* -std=c11 hides pthread_sigmask otherwise */
 #include "parallel.h"
 
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
 
-#include "api.h"
+#include "qk.h"
 
 enum { MAX_THREADS = 1024 };
 
@@ -136,8 +136,7 @@ static void run_on_own(const job *work)
     for (size_t i = 1; i < work->pieces; i++) {
         workers[i].work = work;
         workers[i].index = i;
-        workers[i].started =
-            pthread_create(&workers[i].thread, NULL, run_worker, &workers[i]) == 0;
+        workers[i].started = pthread_create(&workers[i].thread, NULL, run_worker, &workers[i]) == 0;
     }
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     run_piece(work, 0);
@@ -155,14 +154,15 @@ void qk_parallel_for(size_t items, size_t grain, qk_range_fn fn, void *context)
 {
     if (items == 0)
         return;
-    size_t own = atomic_load(&own_threads), shares = qk_ceil_div(items, grain ? grain : 1);
+    grain = grain ? grain : 1;
+    size_t own = atomic_load(&own_threads), shares = items / grain + (items % grain != 0);
     job work = {fn, context, get_fp_state(), items, own < shares ? own : shares};
     if (!inside && shares > 1) {
         if (own > 1) {
             run_on_own(&work);
             return;
         }
-        if (own == 0 && run_on_torch(&work, grain ? grain : 1))
+        if (own == 0 && run_on_torch(&work, grain))
             return;
     }
     fn(0, items, context);

@@ -349,7 +349,8 @@ static const struct {
     {"linear", "linear(Tensor x, Tensor weights, Tensor scales, ScalarType dtype) -> Tensor",
      linear},
     {"linear_bias",
-     "linear_bias(Tensor x, Tensor weights, Tensor scales, Tensor bias, ScalarType dtype) -> Tensor",
+     "linear_bias(Tensor x, Tensor weights, Tensor scales, Tensor bias, ScalarType dtype) -> "
+     "Tensor",
      linear_bias},
     {"linear_backward",
      "linear_backward(Tensor grad, Tensor weights, Tensor scales, ScalarType dtype) -> Tensor",
@@ -381,8 +382,8 @@ static int register_operators(void)
         return 0;
     for (size_t i = 0; i < sizeof operators / sizeof *operators; i++)
         if (shim.aoti_torch_library_def(schemas, operators[i].schema) != 0 ||
-            shim.torch_library_impl(kernels, operators[i].name, operators[i].kernel,
-                                    abi_version) != 0)
+            shim.torch_library_impl(kernels, operators[i].name, operators[i].kernel, abi_version) !=
+                0)
             return 0;
     return 1;
 }
