@@ -21,6 +21,8 @@ const char *qk_status_text(qk_status status)
         return "the source holds a NaN or an infinity";
     case QK_NEGATIVE:
         return "symmetric quantization to a type without a sign cannot hold negative values";
+    case QK_SCALE_RANGE:
+        return "a scale is beyond the largest number of its type; use a wider type for the scales";
     case QK_OUT_OF_MEMORY:
         return "not enough memory for scratch space";
     }

@@ -28,6 +28,7 @@ typedef enum qk_status {
     QK_OVERLAP,       /* an output shares memory with an input */
     QK_NON_FINITE,    /* the source holds a NaN or an infinity */
     QK_NEGATIVE,      /* symmetric codes without a sign, source with negative values */
+    QK_SCALE_RANGE,   /* a scale beyond the largest number of its type */
     QK_OUT_OF_MEMORY, /* scratch memory could not be had */
 } qk_status;
 
@@ -77,15 +78,17 @@ typedef struct qk_spec {
 } qk_spec;
 
 /* Scales [ceil(rows/block_rows)][ceil(cols/block_cols)], in the compute type, and zero
- * points of the same shape (NULL unless asymmetric) of `source`.
- * On QK_NON_FINITE and QK_NEGATIVE, *where is the flat index of the first culprit. */
+ * points of the same shape (may be NULL unless asymmetric) of `source`; scale.h has the rules.
+ * On QK_NON_FINITE and QK_NEGATIVE, *where is the flat index of the first culprit; on these and
+ * on QK_SCALE_RANGE the outputs hold nothing of use. */
 qk_status qk_measure(void *scale, int32_t *zero, const void *source, const qk_grid *grid,
                      const qk_spec *spec, size_t *where);
 
 /* Codes of `source` under given scales and zero points (NULL: all 0):
  * integers clamp(round_half_even(x / scale) + zero, code_min, code_max),
- * floats   clamp(x / scale, code_min, code_max) rounded to nearest even;
- * a NaN or x/0 with x = 0 gives 0. */
+ * floats   clamp(x / scale, code_min, code_max) rounded to nearest even,
+ * binary   x >= 0 ? +1 : -1;
+ * a NaN (x, scale, or 0/0 where a division is made) gives 0. */
 qk_status qk_encode(void *codes, const void *source, const void *scale, const int32_t *zero,
                     const qk_grid *grid, const qk_spec *spec);
 

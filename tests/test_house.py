@@ -25,8 +25,18 @@ KERNEL_SYSTEM |= {"float.h", "limits.h", "assert.h"}
 
 # What each C file outside kernels/ may include; the API's own header first.
 C_ARROWS = {
-    "api": {"qk.h", "api.h", "plan.h", "scale.h", "dispatch.h", "parallel.h", "scalar.h"},
+    "api": {
+        "qk.h",
+        "api.h",
+        "plan.h",
+        "tiles.h",
+        "scale.h",
+        "dispatch.h",
+        "parallel.h",
+        "scalar.h",
+    },
     "plan": {"plan.h", "qk.h"},
+    "tiles": {"tiles.h", "qk.h"},
     "scale": {"scale.h", "qk.h", "scalar.h"},
     "dispatch": {"dispatch.h", "kernels.h", "isa_list.def"},
     "parallel": {"parallel.h", "qk.h"},

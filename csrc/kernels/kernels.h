@@ -25,7 +25,8 @@ typedef struct qk_linear_strip {
 typedef struct qk_kernels {
     /* Range of each run of `run` elements (the last may be shorter) of source[count]:
      * low[i] = min(low[i], smallest of run i), high[i] = max(high[i], largest of run i),
-     * i < ceil(count / run). A run with a NaN makes high[i] NaN, and a NaN there stays.
+     * i < ceil(count / run). A run with a NaN makes high[i] NaN, and a NaN there stays; low
+     * passes NaNs over. The sign of a zero is not specified.
      * low and high are in the compute type. run == 1 folds element by element. */
     void (*range[QK_FLOATS])(void *low, void *high, const void *source, size_t count, size_t run);
 
