@@ -27,9 +27,13 @@ __all__ = [
     "Tensor",
     "active_isa",
     "as_tensor_like",
+    "cast",
     "decode",
     "encode",
+    "filled",
     "get_num_threads",
+    "is_meta",
+    "is_tensor",
     "is_torch",
     "isas",
     "linear",
@@ -100,6 +104,11 @@ def is_tensor(value: Any) -> bool:
     return is_torch(value) or isinstance(value, np.ndarray)
 
 
+def is_meta(value: Any) -> bool:
+    """Whether ``value`` is a torch tensor with a shape but no numbers."""
+    return is_torch(value) and value.is_meta
+
+
 def to_array(tensor: Tensor, what: str = "tensor") -> np.ndarray:
     """The tensor's numbers as a C-contiguous ndarray in native byte order, copied only if need be.
 
@@ -147,7 +156,23 @@ def as_tensor_like(array: np.ndarray, dtype: DType | str, like: Tensor) -> Tenso
     return array.view(_numpy_dtype(name)) if name in _BITS else array
 
 
+def filled(shape: tuple[int, ...], value: int, dtype: str, like: Tensor) -> Tensor:
+    """A tensor of one value, of the kind and device (also meta) of ``like``."""
+    if is_torch(like):
+        return like.new_full(shape, value, dtype=getattr(sys.modules["torch"], dtype))
+    return np.full(shape, value, _numpy_dtype(dtype))
+
+
+def cast(tensor: Tensor, dtype: DType) -> Tensor:
+    """The same numbers as type ``dtype``, rounded to nearest even."""
+    if is_torch(tensor):
+        return tensor.to(getattr(sys.modules["torch"], dtype.storage))
+    return tensor.astype(_numpy_dtype(dtype.storage), copy=False)
+
+
 def _numpy_dtype(name: str) -> Any:
+    if name not in _BITS:
+        return np.dtype(name)
     try:
         import ml_dtypes
     except ImportError:

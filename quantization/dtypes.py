@@ -98,11 +98,27 @@ def name_of(dtype: Any) -> str:
     if isinstance(dtype, str) and dtype in _ALL:
         return dtype
     try:
-        return np.dtype(dtype).name
+        return np.dtype(dtype or "").name  # None, which NumPy takes for float64, names no type
     except TypeError:
         raise TypeError(
             f"{dtype!r} is not a dtype; give a torch dtype, a NumPy dtype or a name such as 'int8'"
         ) from None
+
+
+def dtype_of(dtype: Any) -> DType:
+    """The number type that ``dtype`` names, of codes or of what becomes codes.
+
+    Raises:
+        TypeError: if the package does not know the type; the message lists those it knows.
+
+    Example:
+        >>> dtype_of("float64").bits
+        64
+    """
+    name = name_of(dtype)
+    if name not in _ALL:
+        raise TypeError(f"no number type here is {name}; allowed are {', '.join(_ALL)}")
+    return _ALL[name]
 
 
 def target_of(dtype: Any) -> DType:
@@ -131,5 +147,6 @@ def source_of(dtype: Any, what: str = "tensor") -> DType:
     """
     name = name_of(dtype)
     if name not in SOURCES:
-        raise TypeError(f"{what} has dtype {name}; allowed are {', '.join(SOURCES)}")
+        allowed = ", ".join(SOURCES)
+        raise TypeError(f"{what} has dtype {name}; allowed are {allowed}: convert it first")
     return SOURCES[name]

@@ -53,6 +53,8 @@ FLOORS = {
     "_native": 2,
     "_torch_ops": 2,
     "granularity": 3,
+    "parameters": 3.3,
+    "rules": 3.6,
     "linear_quantizer": 4,
     "weight_pack": 4,
     "linear": 4,

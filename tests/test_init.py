@@ -1,0 +1,140 @@
+"""The package's front: lazy names, life without torch, and the instruction set that is forced."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+
+import quantization
+
+# Importing torch raises, as where it is not installed.
+WITHOUT_TORCH = """
+import sys
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "torch":
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Block())
+"""
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run ``code`` in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_import_loads_neither_torch_nor_the_rooms_above() -> None:
+    code = """
+import sys, quantization
+loaded = {name for name in sys.modules if name.startswith(("torch", "numpy", "quantization"))}
+assert loaded == {"quantization"}, loaded
+quantization.quantize_linear, quantization.isas
+assert "torch" not in sys.modules
+"""
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout == run.stderr == ""
+
+
+def test_the_numpy_core_works_where_torch_cannot_be_imported() -> None:
+    code = f"""{WITHOUT_TORCH}
+import numpy as np
+from quantization import Granularity, Mode, dequantize_linear, group, quantize_linear
+
+x = np.linspace(-3, 5, 300, dtype="float32").reshape(10, 30)
+for granularity in (Granularity.PerTensor, Granularity.PerDimension(), Granularity.PerGroup(7)):
+    for mode in Mode:
+        q, params = quantize_linear(x, "int8", granularity, mode)
+        assert type(q) is np.ndarray and q.dtype == np.int8
+        restored = dequantize_linear(q, params)
+        assert restored.dtype == x.dtype
+        assert np.abs(restored - x).max() <= params.scale.max() * 0.5001
+groups, ungroup = group(x, 7)
+assert np.array_equal(ungroup(groups), x)
+assert "torch" not in sys.modules
+"""
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+
+
+def test_public_names_have_one_home_each() -> None:
+    homes = quantization._HOME_OF
+    assert sum(map(len, quantization._HOMES.values())) == len(homes)
+    assert set(quantization.__all__) == set(homes) | {"__version__"}
+    assert set(quantization.__all__) <= set(dir(quantization))
+
+
+@pytest.mark.parametrize("name", sorted(quantization._HOME_OF))
+def test_public_names_load(name: str) -> None:
+    home = f"quantization.{quantization._HOME_OF[name]}"
+    if importlib.util.find_spec(home) is None:
+        pytest.fail(f"{home} is missing")
+    if quantization._HOME_OF[name] in {"linear_layer", "replacement"}:
+        pytest.importorskip("torch")
+    assert getattr(quantization, name) is getattr(sys.modules[home], name)
+    assert name in vars(quantization)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'quantization' has no attribute 'quantise'"):
+        quantization.quantise  # noqa: B018
+
+
+@pytest.mark.parametrize("isa", quantization.isas())
+def test_a_forced_instruction_set_is_the_one_that_runs(isa: str) -> None:
+    code = "import quantization; print(quantization.active_isa(), quantization.isas()[0])"
+    run = python(code, QUANTIZATION_ISA=isa)
+    assert run.stdout.split() == [isa, quantization.isas()[0]], run.stderr
+
+
+def test_without_force_the_best_one_runs() -> None:
+    run = python("import quantization; print(quantization.active_isa())", QUANTIZATION_ISA="")
+    assert run.stdout.split() == [quantization.isas()[0]], run.stderr
+
+
+@pytest.mark.parametrize("wrong", ["avx1024", "AVX2 ", "Reference"])
+def test_an_unknown_forced_instruction_set_raises(wrong: str) -> None:
+    run = python("import quantization; quantization.isas()", QUANTIZATION_ISA=wrong)
+    assert run.returncode != 0
+    allowed = ", ".join(quantization.isas())
+    message = f"QUANTIZATION_ISA: instruction set {wrong!r} is not available here; allowed are"
+    assert run.stderr.rstrip().endswith(f"ValueError: {message} {allowed}")
+
+
+def test_set_isa_changes_or_raises_and_keeps() -> None:
+    before = quantization.active_isa()
+    try:
+        for isa in quantization.isas():
+            quantization.set_isa(isa)
+            assert quantization.active_isa() == isa
+        with pytest.raises(ValueError, match=r"instruction set 'sse9' is not available here"):
+            quantization.set_isa("sse9")
+        assert quantization.active_isa() == quantization.isas()[-1] == "reference"
+    finally:
+        quantization.set_isa(before)
+
+
+def test_threads_are_counted() -> None:
+    before = quantization.get_num_threads()
+    try:
+        quantization.set_num_threads(3)
+        assert quantization.get_num_threads() == 3
+        for wrong in (0, -1, 1025):
+            with pytest.raises(ValueError, match=rf"threads must be 1..1024 or None, not {wrong}"):
+                quantization.set_num_threads(wrong)
+        assert quantization.get_num_threads() == 3
+    finally:
+        quantization.set_num_threads(None)
+    assert quantization.get_num_threads() == before
