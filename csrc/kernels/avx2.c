@@ -3,6 +3,7 @@
 #if defined(__x86_64__) || defined(_M_X64)
 
 #include <immintrin.h>
+#include <math.h>
 #include <string.h>
 
 #include "scalar.h"
@@ -14,9 +15,12 @@
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #endif
 
+#include "quantize_avx2.inc"
+#include "quantize.inc"
+
 void qk_use_avx2(qk_kernels *table)
 {
-    (void)table;
+    qk_use_quantize(table);
 }
 
 #if defined(__clang__)

@@ -3,6 +3,7 @@
 #if defined(__x86_64__) || defined(_M_X64)
 
 #include <immintrin.h>
+#include <math.h>
 #include <string.h>
 
 #include "scalar.h"
@@ -16,9 +17,12 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2")
 #endif
 
+#include "quantize_avx512.inc"
+#include "quantize.inc"
+
 void qk_use_avx512(qk_kernels *table)
 {
-    (void)table;
+    qk_use_quantize(table);
 }
 
 #if defined(__clang__)

@@ -3,13 +3,17 @@
 #if defined(__aarch64__) || defined(_M_ARM64)
 
 #include <arm_neon.h>
+#include <math.h>
 #include <string.h>
 
 #include "scalar.h"
 
+#include "quantize_neon.inc"
+#include "quantize.inc"
+
 void qk_use_neon(qk_kernels *table)
 {
-    (void)table;
+    qk_use_quantize(table);
 }
 
 #endif

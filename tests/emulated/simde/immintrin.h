@@ -9,4 +9,6 @@
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
 
+#include "conversions.h"
+
 #endif
