@@ -18,9 +18,13 @@
 #include "quantize_avx2.inc"
 #include "quantize.inc"
 
+#include "pack_avx2.inc"
+#include "pack.inc"
+
 void qk_use_avx2(qk_kernels *table)
 {
     qk_use_quantize(table);
+    qk_use_pack(table);
 }
 
 #if defined(__clang__)

@@ -20,9 +20,13 @@
 #include "quantize_avx512.inc"
 #include "quantize.inc"
 
+#include "pack_avx512.inc"
+#include "pack.inc"
+
 void qk_use_avx512(qk_kernels *table)
 {
     qk_use_quantize(table);
+    qk_use_pack(table);
 }
 
 #if defined(__clang__)

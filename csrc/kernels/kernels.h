@@ -12,8 +12,8 @@
 #include "../qk.h"
 
 enum {
-    QK_FLOATS = 4, /* float32, float64, float16, bfloat16: sources, activations, outputs */
-    QK_WIDTHS = 9, /* indices 1..8 are used */
+    QK_FLOATS = 4,     /* float32, float64, float16, bfloat16: sources, activations, outputs */
+    QK_CONTAINERS = 4, /* log2 of 1, 2, 4, 8 bytes */
 };
 
 /* One strip of a linear call: all tokens, output features [first, last). */
@@ -43,26 +43,28 @@ typedef struct qk_kernels {
     void (*decode[QK_DTYPES][QK_FLOATS])(void *out, const void *codes, size_t count, size_t run,
                                          const void *scale, const int32_t *zero);
 
-    /* One dense stream of `count` codes, `code_step` bytes apart, from/to consecutive bytes:
-     * ceil(count * bits / 8) bytes, unused high bits 0. Indexed by width. */
-    void (*pack_dense[QK_WIDTHS])(uint8_t *packed, const uint8_t *codes, size_t count);
-    void (*unpack_dense[QK_WIDTHS])(uint8_t *codes, const uint8_t *packed, size_t count,
-                                    int is_signed);
+    /* One row in any layout: `count` codes, one byte each, into containers (qk_packing in qk.h;
+     * rows, cols and axis are not read); unused bits of the containers are written as 0. */
+    void (*pack_stream)(void *packed, const uint8_t *codes, size_t count,
+                        const qk_packing *packing);
+    void (*unpack_stream)(uint8_t *codes, const void *packed, size_t count,
+                          const qk_packing *packing, int is_signed);
 
-    /* Aligned packing down the columns into bytes: packed[c] holds codes[i * stride + c],
-     * i < rows <= 8 / bits, the first in the low bits. */
-    void (*pack_columns[QK_WIDTHS])(uint8_t *packed, const uint8_t *codes, size_t stride,
-                                    size_t rows, size_t cols);
-    void (*unpack_columns[QK_WIDTHS])(uint8_t *codes, const uint8_t *packed, size_t stride,
-                                      size_t rows, size_t cols, int is_signed);
+    /* One row of containers of streams that run down the columns. Bit 0 of packed[c] is bit `skip`
+     * (< bits) of codes[c]; codes[i * stride + c], i < rows, follow it. Each code starts inside the
+     * container; what does not fit there is dropped (it begins the next container). Indexed by
+     * log2(container_bytes). */
+    void (*pack_columns[QK_CONTAINERS])(void *packed, const uint8_t *codes, size_t stride,
+                                        size_t rows, size_t cols, size_t bits, size_t skip);
+    /* One row of codes of such streams: codes[c] starts at bit `shift` of packed[c] and goes on in
+     * packed[stride + c], which is read only if shift + bits exceeds the container. */
+    void (*unpack_columns[QK_CONTAINERS])(uint8_t *codes, const void *packed, size_t stride,
+                                          size_t cols, size_t bits, size_t shift, int is_signed);
 
-    /* Any layout: one stream of `count` codes, code_step bytes apart, into containers
-     * container_step containers apart (qk_packing in qk.h). The definition of all packing. */
-    void (*pack_stream)(void *packed, size_t container_step, const uint8_t *codes, size_t code_step,
-                        size_t count, const qk_packing *packing);
-    void (*unpack_stream)(uint8_t *codes, size_t code_step, const void *packed,
-                          size_t container_step, size_t count, const qk_packing *packing,
-                          int is_signed);
+    /* One row of codes 0, 1, 2, five to a byte (qk_pack_ternary in qk.h). The byte of a code above
+     * 2, and the codes of a byte above 242, are some number. */
+    void (*pack_ternary)(uint8_t *packed, const uint8_t *codes, size_t count);
+    void (*unpack_ternary)(uint8_t *codes, const uint8_t *packed, size_t count);
 
     /* y[tokens][first..last) of qk_linear_forward. y has out_features columns and is written only
      * in the strip. Indexed by x dtype. Any number of tokens gives a row the same bits. */

@@ -11,9 +11,13 @@
 #include "quantize_neon.inc"
 #include "quantize.inc"
 
+#include "pack_neon.inc"
+#include "pack.inc"
+
 void qk_use_neon(qk_kernels *table)
 {
     qk_use_quantize(table);
+    qk_use_pack(table);
 }
 
 #endif
