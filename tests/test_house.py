@@ -53,6 +53,7 @@ FLOORS = {
     "_native": 2,
     "_torch_ops": 2,
     "granularity": 3,
+    "packing": 3,
     "parameters": 3.3,
     "rules": 3.6,
     "linear_quantizer": 4,

@@ -1,0 +1,441 @@
+"""pack_weights and unpack_weights: kinds, dtypes, layouts, leftovers, and every refusal's words."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pack_oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantization import dtypes, packing
+from quantization.weight_pack import (
+    Packing,
+    bit_shifts,
+    get_dtype_size_in_bits,
+    get_max_bits_needed,
+    pack_weights,
+    unpack_weights,
+)
+
+CONTAINERS = packing.CONTAINERS
+GOLDEN = json.loads((Path(__file__).parent / "golden" / "packed.json").read_text())
+
+
+def codes_of(bits: int, shape=(21, 13), signed=False, seed=0) -> np.ndarray:
+    low, high = (-(1 << bits - 1), 1 << bits - 1) if signed else (0, 1 << bits)
+    dtype = np.int8 if signed else np.uint8
+    return np.random.default_rng(seed).integers(low, high, shape).astype(dtype)
+
+
+# ---- the layouts -----------------------------------------------------------------------------
+
+
+def test_default_layout_is_four_rows_in_one_byte_first_row_lowest() -> None:
+    codes = codes_of(2, (8, 3))
+    packed = pack_weights(codes, 2)
+    first, second, third, fourth = codes[0:4]
+    assert packed.dtype == np.uint8 and packed.shape == (2, 3)
+    np.testing.assert_array_equal(packed[0], first + 4 * second + 16 * third + 64 * fourth)
+    np.testing.assert_array_equal(unpack_weights(packed, 2), codes)
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+@pytest.mark.parametrize("layout", ["aligned", "dense"])
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("signed", [False, True])
+def test_bytes_are_the_oracles_and_the_way_back_is_exact(container, layout, dim, signed) -> None:
+    for bits in range(1, 9):
+        codes = codes_of(bits, signed=signed)
+        packed, info = pack_weights(
+            codes, bits, container, layout=layout, dim=dim, return_info=True
+        )
+        size = np.dtype(container).itemsize
+        expected = pack_oracle.pack(codes, bits, size, dim, layout == "dense")
+        np.testing.assert_array_equal(packed, expected.view(container))
+        assert packed.dtype == container
+        assert info == Packing(bits, layout, dim, container, (21, 13), signed)
+        assert info.packed_shape == packed.shape
+        back = unpack_weights(packed, info)
+        assert back.dtype == codes.dtype
+        np.testing.assert_array_equal(back, codes)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("container", ["uint8", "int8"])
+def test_base3_is_five_codes_a_byte(dim, signed, container) -> None:
+    codes = np.random.default_rng(0).integers(-1 if signed else 0, 2 if signed else 3, (17, 23))
+    packed, info = pack_weights(codes, 2, container, layout="base3", dim=dim, return_info=True)
+    turned = codes if dim else codes.T
+    expected = pack_oracle.pack_ternary(turned % 3)
+    np.testing.assert_array_equal(packed, (expected if dim else expected.T).view(container))
+    back = unpack_weights(packed, info)
+    assert back.dtype == (np.int8 if signed else np.uint8)
+    np.testing.assert_array_equal(back, codes)
+    plain = unpack_weights(packed, 2, layout="base3", dim=dim, dtype=back.dtype)
+    np.testing.assert_array_equal(plain[: codes.shape[0], : codes.shape[1]], codes)
+    assert not plain[codes.shape[0] :].any() and not plain[:, codes.shape[1] :].any()
+
+
+def test_golden_bytes_never_change() -> None:
+    for case in GOLDEN:
+        shape, layout = tuple(case["shape"]), case["layout"]
+        codes = np.frombuffer(bytes.fromhex(case["codes"]), np.int8).reshape(shape)
+        dtype = np.dtype(case["dtype"]).newbyteorder("<")
+        packed = np.frombuffer(bytes.fromhex(case["packed"]), dtype)
+        packed = packed.reshape(case["packed_shape"])
+        if case["maker"] == "compressed-tensors":  # stores codes from 0
+            codes = (codes.astype(np.int16) + (1 << case["bits"] - 1)).astype(np.uint8)
+        got, info = pack_weights(
+            codes, case["bits"], case["dtype"], layout=layout, dim=case["dim"], return_info=True
+        )
+        np.testing.assert_array_equal(got, packed, err_msg=str(case))
+        np.testing.assert_array_equal(unpack_weights(packed, info), codes, err_msg=str(case))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_dense_int32_is_compressed_tensors_pack_quantized(bits, dim) -> None:
+    torch = pytest.importorskip("torch")
+    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers")
+    for shape in ((5, 64), (33, 7), (31, 129), (1, 1)):
+        codes = torch.from_numpy(codes_of(bits, shape, signed=True))
+        theirs = helpers.pack_to_int32(codes, bits, dim)
+        shifted = codes.to(torch.int16) + (1 << bits - 1)
+        ours, info = pack_weights(
+            shifted, bits, torch.int32, layout="dense", dim=dim, return_info=True
+        )
+        assert torch.equal(ours, theirs)
+        back = unpack_weights(theirs, info, dtype=torch.int16) - (1 << bits - 1)
+        assert torch.equal(back.to(torch.int8), codes)
+
+
+# ---- what goes in and comes out --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_torch_tensors_come_back_as_torch_tensors(container) -> None:
+    torch = pytest.importorskip("torch")
+    codes = torch.from_numpy(codes_of(3))
+    packed, info = pack_weights(codes, 3, getattr(torch, container), return_info=True)
+    assert isinstance(packed, torch.Tensor) and packed.dtype == getattr(torch, container)
+    expected = pack_weights(codes.numpy(), 3, container)
+    np.testing.assert_array_equal(packed.numpy(), expected)
+    assert torch.equal(unpack_weights(packed, info), codes)
+    assert unpack_weights(packed, info, dtype=torch.int64).dtype == torch.int64
+
+
+@pytest.mark.parametrize("dtype", packing.INTEGERS)
+def test_codes_of_every_integer_dtype(dtype) -> None:
+    bits = 1 if dtype == "bool" else 3
+    codes = codes_of(bits).astype(dtype)
+    packed, info = pack_weights(codes, bits, layout="dense", return_info=True)
+    np.testing.assert_array_equal(packed, pack_oracle.pack(codes_of(bits), bits, 1, 0, True))
+    np.testing.assert_array_equal(unpack_weights(packed, info), codes)
+    np.testing.assert_array_equal(unpack_weights(packed, info, dtype=dtype), codes)
+    if (torch := sys.modules.get("torch")) is not None:
+        again = pack_weights(torch.from_numpy(codes), bits, layout="dense")
+        np.testing.assert_array_equal(again.numpy(), packed)
+
+
+@pytest.mark.parametrize("dtype", packing.INTEGERS[1:])
+def test_unpack_to_every_integer_dtype(dtype) -> None:
+    codes = codes_of(4, signed=True)
+    packed, info = pack_weights(codes, 4, return_info=True)
+    back = unpack_weights(packed, info, dtype=dtype)
+    assert back.dtype == dtype
+    np.testing.assert_array_equal(back, codes.astype(dtype))
+    plain = unpack_weights(packed, 4, dtype=dtype)[:21]
+    expected = codes.astype(dtype) if dtype.startswith("int") else (codes & 15).astype(dtype)
+    np.testing.assert_array_equal(plain, expected)
+
+
+def test_wide_unpacking_of_unsigned_codes_keeps_their_values() -> None:
+    packed, info = pack_weights(np.full((4, 2), 15), 4, return_info=True)
+    assert not info.is_signed
+    np.testing.assert_array_equal(unpack_weights(packed, info, dtype="int64"), 15)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda a: np.asfortranarray(a),
+        lambda a: np.repeat(np.repeat(a, 2, 0), 3, 1)[::2, ::3],
+        lambda a: a[::-1, ::-1].copy()[::-1, ::-1],
+        lambda a: a.astype(">u4"),
+        lambda a: a.astype(">i2"),
+        lambda a: np.frombuffer(b"x" + a.tobytes(), np.uint8)[1:].reshape(a.shape),
+    ],
+    ids=["fortran", "strided", "negative", "big-endian", "big-endian int", "read-only misaligned"],
+)
+def test_any_memory_layout(make) -> None:
+    codes = codes_of(3)
+    given_codes = make(codes)
+    packed, info = pack_weights(given_codes, 3, "uint16", dim=1, return_info=True)
+    np.testing.assert_array_equal(packed, pack_weights(codes, 3, "uint16", dim=1))
+    np.testing.assert_array_equal(given_codes, codes)
+    for again in (np.asfortranarray(packed), packed.astype(">u2"), packed[::-1][::-1].copy()):
+        again.flags.writeable = False
+        np.testing.assert_array_equal(unpack_weights(again, info), codes)
+
+
+@pytest.mark.parametrize("layout", ["aligned", "dense", "base3"])
+@pytest.mark.parametrize("shape", [(0, 0), (0, 5), (5, 0), (1, 1)])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_empty_and_tiny(layout, shape, dim) -> None:
+    codes = np.zeros(shape, np.uint8)
+    packed, info = pack_weights(codes, 2, layout=layout, dim=dim, return_info=True)
+    assert packed.shape == info.packed_shape
+    assert unpack_weights(packed, info).shape == shape
+    assert unpack_weights(packed, 2, layout=layout, dim=dim, size=shape[dim]).shape == shape
+
+
+def test_negative_dim_is_counted_from_the_end() -> None:
+    codes = codes_of(4, (4, 6))
+    np.testing.assert_array_equal(pack_weights(codes, 4, dim=-1), pack_weights(codes, 4, dim=1))
+    assert pack_weights(codes, 4, dim=-2, return_info=True)[1].dim == 0
+
+
+def test_size_gives_the_length_and_its_absence_the_capacity() -> None:
+    codes = codes_of(3, (10, 4))
+    packed = pack_weights(codes, 3, layout="dense")
+    assert packed.shape == (4, 4)
+    np.testing.assert_array_equal(unpack_weights(packed, 3, layout="dense", size=10), codes)
+    assert unpack_weights(packed, 3, layout="dense").shape == (10, 4)
+    assert unpack_weights(pack_weights(codes, 2 + 1), 3).shape == (10, 4)
+    assert unpack_weights(pack_weights(codes[:9], 3), 3).shape == (10, 4)
+
+
+def test_compress_finds_the_narrowest_width() -> None:
+    codes = np.array([[0, 5], [2, 1]])
+    packed, info = pack_weights(codes, 8, compress=True, return_info=True)
+    assert info.bits == 3
+    np.testing.assert_array_equal(unpack_weights(packed, info), codes)
+    codes = np.array([[-3, 1], [2, 1]], np.int8)
+    packed, info = pack_weights(codes, 8, compress=True, return_info=True, dim=1)
+    assert info.bits == 3 and info.is_signed
+    np.testing.assert_array_equal(unpack_weights(packed, info), codes)
+    assert pack_weights(np.zeros((4, 4), int), 8, compress=True, return_info=True)[1].bits == 1
+    with pytest.raises(ValueError, match="no narrower width in layout 'base3'"):
+        pack_weights(codes % 3, 2, layout="base3", compress=True)
+
+
+def test_info_is_an_immutable_value() -> None:
+    _, info = pack_weights(codes_of(2), 2, return_info=True)
+    assert info == dataclasses.replace(info) and hash(info) == hash(dataclasses.replace(info))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        info.bits = 4
+    assert Packing(2, "aligned", -2, "uint8", [3, 4], False).shape == (3, 4)
+    with pytest.raises(ValueError, match="shape must be"):
+        Packing(2, "aligned", 0, "uint8", (3,), False)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.integers(1, 8),
+    st.tuples(st.integers(0, 70), st.integers(0, 70)),
+    st.sampled_from(CONTAINERS),
+    st.sampled_from(["aligned", "dense"]),
+    st.integers(0, 1),
+    st.booleans(),
+    st.integers(0, 2**32),
+)
+def test_round_trips(bits, shape, container, layout, dim, signed, seed) -> None:
+    codes = codes_of(bits, shape, signed, seed)
+    packed, info = pack_weights(codes, bits, container, layout=layout, dim=dim, return_info=True)
+    np.testing.assert_array_equal(unpack_weights(packed, info), codes)
+    dtype = codes.dtype
+    size = None if shape[dim] == 0 else shape[dim]
+    plain = unpack_weights(packed, bits, dtype=dtype, layout=layout, dim=dim, size=size)
+    np.testing.assert_array_equal(plain, codes)
+    widths = pack_weights(codes, bits, compress=True, return_info=True)
+    assert widths[1].bits == get_max_bits_needed(codes) <= bits
+
+
+# ---- ensure_methods --------------------------------------------------------------------------
+
+
+def test_ensure_methods_run_first_and_may_refuse() -> None:
+    seen = []
+    codes = codes_of(2, (4, 4))
+    pack_weights(codes, 2, ensure_methods=[seen.append, lambda a: a.flags.c_contiguous])
+    assert seen[0] is codes
+    with pytest.raises(ValueError, match=r"^to_pack_2d is refused by is_small, one of ensure_meth"):
+        pack_weights(codes.astype(float), 99, ensure_methods=[is_small])
+    with pytest.raises(ValueError, match=r"^packed is refused by is_small"):
+        unpack_weights(codes, 2, [is_small])
+    with pytest.raises(KeyError):
+        pack_weights(codes, 2, ensure_methods=(lambda a: {}["missing"],))
+    with pytest.raises(TypeError, match=r"list of callables, not function; write \[method\]"):
+        pack_weights(codes, 2, ensure_methods=is_small)
+    with pytest.raises(TypeError, match="ensure_methods holds 3, which cannot be called"):
+        pack_weights(codes, 2, ensure_methods=[3])
+    pytest.importorskip("torch")
+    import torch
+
+    tensor = torch.from_numpy(codes)
+    pack_weights(tensor, 2, torch.uint8, [torch.Tensor.is_contiguous])
+    with pytest.raises(ValueError, match="refused by is_contiguous"):
+        pack_weights(tensor.T, 2, torch.uint8, [torch.Tensor.is_contiguous])
+    with pytest.raises(ValueError, match="refused by"):
+        pack_weights(tensor, 2, ensure_methods=[lambda t: (t < 3).all()])
+
+
+def is_small(array) -> np.bool_:
+    return np.bool_(array.size < 4)
+
+
+# ---- refusals --------------------------------------------------------------------------------
+
+TWO = np.zeros((4, 4), np.uint8)
+
+REFUSALS = {
+    "a list": (lambda: pack_weights([[1]], 2), TypeError,
+        "to_pack_2d must be a torch.Tensor or numpy.ndarray, not list"),
+    "floats": (lambda: pack_weights(TWO.astype("f4"), 2), TypeError,
+        "dtype of to_pack_2d is float32; allowed are bool, uint8, uint16, uint32, uint64, int8, "
+        "int16, int32, int64"),
+    "a vector": (lambda: pack_weights(TWO[0], 2), ValueError,
+        "to_pack_2d has shape (4,); expected 2 dimensions: reshape it first"),
+    "no width": (lambda: pack_weights(TWO, 0), ValueError, "pack_bits must be 1..8, not 0"),
+    "9 bits": (lambda: unpack_weights(TWO, 9), ValueError, "pack_bits must be 1..8, not 9"),
+    "bits a float": (lambda: pack_weights(TWO, 2.0), TypeError,
+        "pack_bits must be an integer, not float"),
+    "bits a bool": (lambda: pack_weights(TWO, True), TypeError,
+        "pack_bits must be an integer, not bool"),
+    "a container of floats": (lambda: pack_weights(TWO, 2, "float32"), TypeError,
+        "dtype is float32; allowed are uint8, uint16, uint32, uint64, int8, int16, int32, int64"),
+    "no dtype": (lambda: pack_weights(TWO, 2, "nibble"), TypeError,
+        "'nibble' is not a dtype; give a torch dtype, a NumPy dtype or a name such as 'int8'"),
+    "a layout": (lambda: pack_weights(TWO, 2, layout="tight"), ValueError,
+        "layout 'tight' does not exist; allowed are aligned, dense, base3"),
+    "a dim": (lambda: pack_weights(TWO, 2, dim=2), ValueError,
+        "dim must be 0 (down the columns) or 1 (along the rows), not 2"),
+    "a dim back": (lambda: unpack_weights(TWO, 2, dim=0.0), TypeError,
+        "dim must be an integer, not float"),
+    "too large": (lambda: pack_weights(np.array([[0, 1], [7, 5]]), 2), ValueError,
+        "to_pack_2d[1, 0] = 7 does not fit in 2 bits: allowed are 0..3; use pack_bits=3 or smaller "
+        "codes"),
+    "too small": (lambda: pack_weights(np.array([[0, -5]]), 3), ValueError,
+        "to_pack_2d[0, 1] = -5 does not fit in 3 bits: allowed are -4..3, as some values are "
+        "negative; use pack_bits=4 or smaller codes"),
+    "mixed": (lambda: pack_weights(np.array([[-1, 3]]), 2), ValueError,
+        "to_pack_2d[0, 1] = 3 does not fit in 2 bits: allowed are -2..1, as some values are "
+        "negative; use pack_bits=3 or smaller codes"),
+    "huge": (lambda: pack_weights(np.array([[2**64 - 1]], "u8"), 8), ValueError,
+        "to_pack_2d[0, 0] = 18446744073709551615 does not fit in 8 bits: allowed are 0..255; use "
+        "smaller codes"),
+    "ternary": (lambda: pack_weights(TWO + 3, 2, layout="base3"), ValueError,
+        "to_pack_2d[0, 0] = 3 does not fit in a ternary digit: allowed are 0..2; use smaller "
+        "codes"),
+    "ternary width": (lambda: pack_weights(TWO, 3, layout="base3"), ValueError,
+        "layout 'base3' packs ternary codes: pack_bits must be 2, not 3"),
+    "ternary container": (lambda: pack_weights(TWO, 2, "int32", layout="base3"), TypeError,
+        "layout 'base3' packs into uint8 or int8, not int32"),
+    "packed floats": (lambda: unpack_weights(TWO.astype("f8"), 2), TypeError,
+        "dtype of packed is float64; allowed are uint8, uint16, uint32, uint64, int8, int16, "
+        "int32, int64"),
+    "packed bools": (lambda: unpack_weights(TWO.astype(bool), 2), TypeError,
+        "dtype of packed is bool; allowed are uint8, uint16, uint32, uint64, int8, int16, int32, "
+        "int64"),
+    "bool out": (lambda: unpack_weights(TWO, 2, dtype=bool), ValueError,
+        "dtype bool holds codes of 1 bit, not of 2; use uint8"),
+    "float out": (lambda: unpack_weights(TWO, 2, dtype="float32"), TypeError,
+        "dtype is float32; allowed are bool, uint8, uint16, uint32, uint64, int8, int16, int32, "
+        "int64"),
+    "too long": (lambda: unpack_weights(TWO, 2, size=17), ValueError,
+        "size=17 is not a length of 4 containers along dim 0; they hold 13..16 codes of 2 bits in "
+        "layout 'aligned'"),
+    "too short": (lambda: unpack_weights(TWO, 3, layout="dense", dim=1, size=7), ValueError,
+        "size=7 is not a length of 4 containers along dim 1; they hold 9..10 codes of 3 bits in "
+        "layout 'dense'"),
+    "info and size": (lambda: unpack_weights(TWO, INFO, size=16), ValueError,
+        "a Packing says layout, dim and size; leave those arguments out"),
+    "info and shape": (lambda: unpack_weights(TWO[:3], INFO), ValueError,
+        "packed is uint8 of shape (3, 4), but this Packing has uint8 of shape (4, 4)"),
+    "info and container": (lambda: unpack_weights(TWO.astype("u2"), INFO), ValueError,
+        "packed is uint16 of shape (4, 4), but this Packing has uint8 of shape (4, 4)"),
+    "masked": (lambda: pack_weights(np.ma.masked_array(TWO), 2), TypeError,
+        "to_pack_2d must be a torch.Tensor or numpy.ndarray, not MaskedArray"),
+    "no numbers": (lambda: get_dtype_size_in_bits("str"), TypeError,
+        "str is not a number type; give one such as uint8 or float32"),
+}  # fmt: skip
+INFO = Packing(2, "aligned", 0, "uint8", (16, 4), False)
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refusals_say_what_is_wrong_and_what_is_allowed(name) -> None:
+    call, error, message = REFUSALS[name]
+    with pytest.raises(error, match=f"^{re.escape(message)}$"):
+        call()
+
+
+def test_meta_tensors_are_refused() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(ValueError, match="to_pack_2d is on the meta device"):
+        pack_weights(torch.zeros(4, 4, dtype=torch.uint8, device="meta"), 2)
+
+
+# ---- widths ----------------------------------------------------------------------------------
+
+
+def test_bit_shifts() -> None:
+    assert bit_shifts(1) == (0, 1, 2, 3, 4, 5, 6, 7)
+    assert bit_shifts(3) == (0, 3)
+    assert bit_shifts(8) == (0,)
+    assert bit_shifts(7, np.int32) == (0, 7, 14, 21)
+    with pytest.raises(ValueError, match="pack_bits must be"):
+        bit_shifts(9)
+
+
+def test_get_dtype_size_in_bits() -> None:
+    for name, dtype in (dtypes.SOURCES | dtypes.TARGETS).items():
+        assert get_dtype_size_in_bits(name) == get_dtype_size_in_bits(dtype) == dtype.bits
+    assert get_dtype_size_in_bits(bool) == 8
+    assert get_dtype_size_in_bits(np.int64) == get_dtype_size_in_bits(np.dtype(">u8")) == 64
+    torch = pytest.importorskip("torch")
+    for dtype in (torch.uint8, torch.bfloat16, torch.float8_e5m2, torch.int64, torch.complex64):
+        assert get_dtype_size_in_bits(dtype) == dtype.itemsize * 8
+    assert get_dtype_size_in_bits(torch.uint4) == 4
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "bits"),
+    [
+        *((0, 0, 1), (0, 1, 1), (0, 2, 2), (0, 255, 8), (0, 256, 9), (-1, -1, 1), (-1, 0, 1)),
+        *((-1, 1, 2), (-2, 1, 2), (-2, 2, 3), (-128, 127, 8), (-129, 0, 9), (-5, -3, 4)),
+        (-(2**63), 2**63 - 1, 64),
+    ],
+)
+def test_get_max_bits_needed(low, high, bits) -> None:
+    assert get_max_bits_needed(np.array([[[low, high]]])) == bits
+
+
+def test_get_max_bits_needed_of_odd_inputs() -> None:
+    assert get_max_bits_needed(np.zeros((0, 3), np.uint8)) == 1
+    assert get_max_bits_needed(np.array(True)) == 1
+    assert get_max_bits_needed(np.array([2**64 - 1], np.uint64)) == 64
+    with pytest.raises(TypeError, match="dtype of tensor is float64"):
+        get_max_bits_needed(np.zeros(3))
+    torch = pytest.importorskip("torch")
+    assert get_max_bits_needed(torch.tensor([-9, 3])) == 5
+
+
+def test_packing_works_without_torch() -> None:
+    program = """
+import sys
+sys.modules["torch"] = None  # an import of torch fails
+import numpy as np
+from quantization import pack_weights, unpack_weights
+codes = np.arange(8).reshape(8, 1) % 4
+assert (unpack_weights(pack_weights(codes, 2), 2) == codes).all()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
