@@ -64,10 +64,14 @@ FLOORS = {
     "target": 6,
     "report": 6,
     "replacement": 7,
-    "model_sources": 8,
     "demo": 8,
-    "main": 9,
-    "__main__": 10,
+    "model_download": 8,
+    "weight_checks": 8,
+    "suite_log": 8,
+    "model_sources": 9,
+    "quality": 10,
+    "main": 11,
+    "__main__": 12,
 }
 
 
