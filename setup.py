@@ -31,7 +31,7 @@ FLAGS, LINK_FLAGS = [], []
 if sys.platform != "win32":
     FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
     FLAGS += ["-Werror=implicit-function-declaration"]
-    LINK_FLAGS = ["-pthread"]
+    LINK_FLAGS = ["-pthread", "-lm"]
 else:
     FLAGS = ["/std:c11", "/O2", "/fp:precise"]
 extra = shlex.split(os.environ.get("QUANTIZATION_CFLAGS", ""))

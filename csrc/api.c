@@ -12,7 +12,8 @@ const char *qk_status_text(qk_status status)
     case QK_BAD_SHAPE:
         return "a shape, block or axis that is out of range, or sizes whose product overflows";
     case QK_BAD_CODES:
-        return "a code range that the code type cannot hold";
+        return "a code range that the code type or mode cannot hold (asymmetric codes need zero "
+               "points)";
     case QK_BAD_ISA:
         return "an instruction set that this build does not know or this CPU lacks";
     case QK_OVERLAP:

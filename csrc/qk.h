@@ -23,7 +23,7 @@ typedef enum qk_status {
     QK_BAD_DTYPE,     /* a dtype that this call does not take */
     QK_BAD_BITS,      /* a width outside 1..8, or wider than its container */
     QK_BAD_SHAPE,     /* a block of no rows or columns, or sizes whose product overflows */
-    QK_BAD_CODES,     /* a code range that its type cannot hold */
+    QK_BAD_CODES,     /* a code range that its type or mode cannot hold, or no zero points for it */
     QK_BAD_ISA,       /* an instruction set this build does not know or this CPU lacks */
     QK_OVERLAP,       /* an output shares memory with an input */
     QK_NON_FINITE,    /* the source holds a NaN or an infinity */

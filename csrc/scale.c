@@ -61,7 +61,7 @@ static double stored_scale(double exact, double half, double reach, const qk_spe
 {
     qk_dtype dtype = scale_type(spec);
     double scale = rounded_to(dtype, exact, 0);
-    if (scale < smallest_normal(dtype) && scale * half < reach)
+    if (scale < smallest_normal(dtype) && fma(scale, 2 * half, -2 * reach) < 0) /* exactly */
         scale = rounded_to(dtype, exact, 1);
     return scale;
 }

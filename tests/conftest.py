@@ -1,9 +1,11 @@
-"""Fixtures for all tests."""
+"""What the tests share: the instruction sets of this machine, seeded numbers, thread counts."""
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 
 from quantization import _kernels
@@ -11,8 +13,24 @@ from quantization import _kernels
 
 @pytest.fixture(params=_kernels.isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set of this machine in turn; the earlier one is restored."""
+    """Each instruction set in turn, active for the test; the earlier one comes back after it."""
     before = _kernels.active_isa()
     _kernels.set_isa(request.param)
     yield request.param
     _kernels.set_isa(before)
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """Random numbers that depend on the test's name alone (the ISA aside: each sees the same)."""
+    name = request.node.name
+    for each in _kernels.isas():
+        name = name.replace(each, "isa")
+    return np.random.default_rng(zlib.crc32(name.encode()))
+
+
+@pytest.fixture
+def restore_threads() -> Iterator[None]:
+    """Whatever thread count the test sets, the default comes back."""
+    yield
+    _kernels.set_num_threads(0)

@@ -21,7 +21,7 @@ class Guarded:
         self._buffer = np.full(size + 256, GUARD, np.uint8)
         start = 64 + (-self._buffer.ctypes.data) % 64 + offset
         self._body = slice(start, start + size)
-        self._buffer[self._body] = fill
+        self._buffer[self._body] = self._fill = fill
         self.array = self._buffer[self._body].view(dtype).reshape(shape)
 
     def check(self) -> None:
@@ -30,6 +30,17 @@ class Guarded:
         touched = int((before != GUARD).sum() + (after != GUARD).sum())
         if touched:
             raise AssertionError(f"{touched} bytes written outside of the output")
+
+    def untouched(self) -> bool:
+        """Whether no byte of the array itself has been written either."""
+        return bool((self._buffer[self._body] == self._fill).all())
+
+
+def at_offset(values: np.ndarray, offset: int) -> np.ndarray:
+    """A copy that starts ``offset`` bytes past a 64-byte boundary."""
+    memory = Guarded(values.shape, values.dtype, offset)
+    memory.array[...] = values
+    return memory.array
 
 
 def at_page_end(values: np.ndarray) -> np.ndarray:
