@@ -9,12 +9,10 @@
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
 
-<<<<<<< HEAD
 #include "conversions.h"
-=======
+
 /* SIMDe 0.7.4 gives this alias two arguments too many. */
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
->>>>>>> a23c88d (Pack and unpack every width, layout and container on every ISA)
 
 #endif
