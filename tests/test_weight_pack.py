@@ -130,6 +130,10 @@ def test_torch_tensors_come_back_as_torch_tensors(container) -> None:
     expected = pack_weights(codes.numpy(), 3, container)
     np.testing.assert_array_equal(packed.numpy(), expected)
     assert torch.equal(unpack_weights(packed, info), codes)
+    assert torch.equal(pack_weights(codes.T.contiguous().T, 3, container), packed)
+    assert torch.equal(pack_weights(torch.nn.Parameter(codes, False), 3, container), packed)
+    column = codes[:, :1].expand(-1, 13)
+    assert torch.equal(unpack_weights(pack_weights(column, 3, container), info), column)
     assert unpack_weights(packed, info, dtype=torch.int64).dtype == torch.int64
 
 
