@@ -1,0 +1,355 @@
+"""The linear layer with int8 weights and float activations (W8A16).
+
+``y = x (int8_weights * scales[:, None])^T + bias``: one scale a row of weights, activations never
+quantized. The replacement of a model's layers stands in :mod:`quantization.replacement` and is
+importable from here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from quantization import _torch_ops
+from quantization.dtypes import name_of, source_of, target_of
+from quantization.linear import quantized_forward
+from quantization.linear_quantizer import Granularity, quantize_linear
+from quantization.module_walker import float_parts
+from quantization.replacement import replace_linear_layers_with_w8a16
+from quantization.target import Target, accepted, target_class_from
+
+__all__ = [
+    "QWQALinearLayer",
+    "Target",
+    "name_for_quantized_weight_buffer",
+    "quantized_forward",
+    "replace_linear_layers_with_w8a16",
+    "target_class_from",
+]
+
+
+def name_for_quantized_weight_buffer(dtype: Any) -> str:
+    """Name of the buffer that holds weights of a code type, as in a state dict.
+
+    Raises:
+        TypeError: if codes cannot have that type.
+
+    Example:
+        >>> name_for_quantized_weight_buffer(torch.int8)
+        'int8_weights'
+    """
+    return f"{target_of(dtype).name}_weights"
+
+
+_CODES = name_for_quantized_weight_buffer("int8")
+_READ_ONLY = (
+    "the weight of a quantized layer is computed from its int8 codes and cannot be assigned; "
+    "call layer.quantize(weights) to give it other numbers"
+)
+
+
+class QWQALinearLayer(nn.Linear):
+    """A linear layer that keeps its weight as int8 codes with one scale a row.
+
+    A subclass of nn.Linear, so that libraries see one, but with buffers only and no Parameters:
+    ``int8_weights`` (int8, ``[out_features, in_features]``), ``scales`` (the layer's dtype,
+    ``[out_features]``) and ``bias`` (``[out_features]``, or None). Gradients flow to the input.
+    Assigning an nn.Parameter to ``bias`` makes the bias trainable.
+
+    A fresh layer is initialised as nn.Linear is, with the same random numbers, and quantized; on
+    the meta device it has shapes only. ``.to(dtype)`` casts scales and bias, never the codes; a
+    layer of the final dtype quantized anew is a little more exact than one cast to it.
+
+    Args:
+        in_features: length of an input row; may be 0.
+        out_features: length of an output row; may be 0.
+        bias: whether there is a bias.
+        dtype: of scales and bias: float32, bfloat16, float16 or float64. Activations may have
+            another dtype than the layer; the result has theirs.
+        device: of the buffers; None: torch's current default.
+
+    Raises:
+        TypeError: for another dtype.
+        ValueError: for a negative number of features.
+
+    Example:
+        >>> layer = QWQALinearLayer(16, 32)
+        >>> layer(torch.randn(4, 16)).shape
+        torch.Size([4, 32])
+        >>> layer
+        QWQALinearLayer(in_features=16, out_features=32, bias=True, dtype=float32, weights=int8 \
+per row, 768 bytes)
+    """
+
+    int8_weights: torch.Tensor
+    scales: torch.Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | int | None = None,
+    ) -> None:
+        source_of(dtype, "a quantized layer")
+        for name, value in (("in_features", in_features), ("out_features", out_features)):
+            if value < 0:
+                raise ValueError(f"{name} is {value}; it must be 0 or more")
+        nn.Module.__init__(self)
+        self.in_features = in_features
+        self.out_features = out_features
+        shape = (out_features, in_features)
+        self.register_buffer(_CODES, torch.empty(shape, dtype=torch.int8, device=device))
+        self.register_buffer("scales", torch.empty(out_features, dtype=dtype, device=device))
+        offsets = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.register_buffer("bias", offsets)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw a weight and a bias as nn.Linear does, and quantize; on meta, do nothing."""
+        if self.scales.is_meta:
+            return
+        fresh = nn.Linear(
+            self.in_features,
+            self.out_features,
+            bias=self.bias is not None,
+            device=self.scales.device,
+            dtype=self.scales.dtype,
+        )
+        QWQALinearLayer.quantize(self, fresh.weight.detach())
+        if self.bias is not None:
+            self.bias.detach().copy_(fresh.bias.detach())
+
+    @classmethod
+    def from_float(
+        cls, linear: nn.Module, *, nonfinite: str = "raise", name: str = "weight"
+    ) -> Self:
+        """The quantized layer of a float one, which is left as it is.
+
+        Args:
+            linear: an nn.Linear, or a Conv1D of transformers (whose weight is [in, out]); of
+                float32, bfloat16, float16 or float64, on any device including meta.
+            nonfinite: as for :meth:`quantize`.
+            name: what error messages call the weight.
+
+        Returns:
+            A layer of the weight's dtype and device and of the training flag of ``linear``; its
+            bias shares memory with that of ``linear``. Hooks stay behind;
+            :func:`replace_linear_layers_with_w8a16` carries them over.
+
+        Raises:
+            TypeError: if ``linear`` cannot be converted; the message says why.
+            ValueError: for a NaN or infinity in the weight, with its index.
+
+        Example:
+            >>> linear = nn.Linear(16, 32)
+            >>> layer = QWQALinearLayer.from_float(linear)
+            >>> x = torch.randn(4, 16)
+            >>> bool((layer(x) - linear(x)).abs().max() < 0.05)
+            True
+        """
+        weight, bias = float_parts(linear)
+        arguments = {
+            "in_features": weight.shape[1],
+            "out_features": weight.shape[0],
+            "bias": bias is not None,
+            "dtype": weight.dtype,
+        }
+        if cls.__init__ is QWQALinearLayer.__init__:  # no random numbers where none are needed
+            arguments["device"] = "meta"
+        layer = cls(**arguments)
+        layer.quantize(weight, **accepted(layer.quantize, nonfinite=nonfinite, name=name))
+        layer.bias = bias
+        return layer.train(linear.training)
+
+    def quantize(
+        self, weights: torch.Tensor, *, nonfinite: str = "raise", name: str = "weights"
+    ) -> None:
+        """Give the layer other weights: one symmetric scale a row, codes -127..127.
+
+        scale = max|row| / 127, rounded to the layer's dtype before the codes are made;
+        code = round_half_even(weight / scale). A row of zeros has scale 1 and codes 0.
+
+        Args:
+            weights: ``[out_features, in_features]``, float32, bfloat16, float16 or float64, in any
+                memory layout, on any device including meta; the codes come to live there. Another
+                shape is taken too: the layer's sizes follow, and a bias of another length, which
+                cannot belong to these weights, becomes zeros.
+            nonfinite: ``"raise"``, or ``"mark"``: a row with a NaN or infinity gets scale NaN, so
+                that its outputs are NaN and no others.
+            name: what error messages call the tensor.
+
+        Raises:
+            TypeError: if ``weights`` is not a float tensor.
+            ValueError: if it has not two dimensions, or holds a NaN or infinity (with its index).
+                The layer is then as it was.
+
+        Example:
+            >>> layer = QWQALinearLayer(2, 1, bias=False)
+            >>> layer.quantize(torch.tensor([[1.27, -0.5], [0.0, 0.0]]))
+            >>> layer.int8_weights, layer.scales
+            (tensor([[127, -50],
+                    [  0,   0]], dtype=torch.int8), tensor([0.0100, 1.0000]))
+        """
+        dtype = self.scales.dtype
+        codes, scales = _quantize_rows(weights, dtype, nonfinite, name)
+        bias = self.bias
+        if bias is not None and bias.shape != scales.shape:
+            zeros = torch.zeros_like(scales, dtype=bias.dtype)
+            self.bias = nn.Parameter(zeros) if isinstance(bias, nn.Parameter) else zeros
+        self.int8_weights, self.scales = codes, scales
+        self.out_features, self.in_features = codes.shape
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """``input @ weight.T + bias`` in one native call, without making the float weight.
+
+        Args:
+            input: float32, bfloat16, float16 or float64, ``[..., in_features]``.
+
+        Returns:
+            ``[..., out_features]`` in the dtype of ``input`` (under autocast, that of autocast).
+
+        Raises:
+            RuntimeError: if the last dimension of ``input`` is not ``in_features``.
+        """
+        buffers = self._buffers  # one look-up in place of one an attribute, 0.5 us each
+        bias = buffers["bias"] if "bias" in buffers else self._parameters["bias"]
+        return _torch_ops.linear(input, buffers[_CODES], buffers["scales"], bias)
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The weight that the codes stand for, computed anew at each reading: int8 * scale.
+
+        ``[out_features, in_features]`` in the layer's dtype, on its device; no gradient. Libraries
+        read it (for its dtype and device, or as a whole); :meth:`forward` does not.
+
+        Example:
+            >>> layer = QWQALinearLayer(2, 1, dtype=torch.bfloat16)
+            >>> layer.weight.dtype, layer.weight.shape
+            (torch.bfloat16, torch.Size([1, 2]))
+        """
+        buffers = self._buffers
+        scales = buffers["scales"]
+        return buffers[_CODES].to(scales.dtype) * scales.unsqueeze(1)
+
+    @weight.setter
+    def weight(self, value: Any) -> None:
+        raise AttributeError(_READ_ONLY)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As in nn.Module, but a weight is refused.
+
+        Raises:
+            AttributeError: for the name ``weight``.
+        """
+        if name == "weight":
+            raise AttributeError(_READ_ONLY)
+        super().register_parameter(name, param)
+
+    @property
+    def footprint(self) -> int:
+        """Bytes that codes, scales and bias take.
+
+        Example:
+            >>> QWQALinearLayer(16, 32, bias=False).footprint  # 16 * 32 codes, 32 scales of 4 bytes
+            640
+        """
+        tensors = (self.int8_weights, self.scales, self.bias)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+    def extra_repr(self) -> str:
+        """Sizes, dtype and bytes, for printing."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, dtype={name_of(self.scales.dtype)}, "
+            f"weights=int8 per row, {self.footprint:,} bytes"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ) -> None:
+        """As nn.Module does, but a float ``weight`` is quantized, and no type is ever cast to int.
+
+        A checkpoint that does not fit adds to ``error_msgs`` and leaves this layer as it was.
+        """
+        own = {
+            key: value.detach() if isinstance(value, torch.Tensor) else value
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+        try:
+            self._take_float_weight(own, prefix, local_metadata.get("assign_to_params_buffers"))
+            self._check_incoming(own, prefix)
+        except (TypeError, ValueError) as error:
+            error_msgs.append(str(error))
+            return
+        super()._load_from_state_dict(
+            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+    def _take_float_weight(self, own: dict[str, Any], prefix: str, assign: bool | None) -> None:
+        """Put codes and scales in the place of a float weight among the layer's own entries."""
+        key, codes_key, scales_key = (prefix + end for end in ("weight", _CODES, "scales"))
+        if key not in own:
+            return
+        if codes_key in own or scales_key in own:
+            raise ValueError(f"{key} is there beside {codes_key} or {scales_key}: keep one of them")
+        weight = own.pop(key)
+        _check_tensor(weight, key, tuple(self.int8_weights.shape), is_float=True)
+        dtype = weight.dtype if assign else self.scales.dtype
+        own[codes_key], own[scales_key] = _quantize_rows(weight, dtype, "raise", key)
+
+    def _check_incoming(self, own: dict[str, Any], prefix: str) -> None:
+        """Shapes and kinds of number of the layer's own entries, before any is copied."""
+        codes_key, scales_key, bias_key = (prefix + end for end in (_CODES, "scales", "bias"))
+        if (codes_key in own) != (scales_key in own):
+            here, lost = (codes_key, scales_key) if codes_key in own else (scales_key, codes_key)
+            raise ValueError(f"{here} is there without {lost}: codes mean nothing without scales")
+        if codes_key in own:
+            shape = tuple(self.int8_weights.shape)
+            _check_tensor(own[codes_key], codes_key, shape, is_float=False)
+            _check_tensor(own[scales_key], scales_key, shape[:1], is_float=True)
+        if bias_key in own and self.bias is not None:
+            _check_tensor(own[bias_key], bias_key, (self.out_features,), is_float=True)
+
+
+def _quantize_rows(
+    weights: Any, dtype: torch.dtype, nonfinite: str, name: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [out, in] and scales [out] of the layer's dtype."""
+    if not isinstance(weights, torch.Tensor):
+        raise TypeError(f"{name} is a {type(weights).__name__}; expected a float torch.Tensor")
+    if weights.ndim != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(weights.shape)}; expected [out_features, in_features]"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        codes, params = quantize_linear(
+            weights.detach(),
+            torch.int8,
+            Granularity.PerDimension(1),
+            scale_dtype=dtype,
+            nonfinite=nonfinite,
+            name=name,
+        )
+        return codes, params.scale.reshape(-1).to(dtype)
+
+
+def _check_tensor(value: Any, key: str, shape: tuple[int, ...], *, is_float: bool) -> None:
+    if not isinstance(value, torch.Tensor):
+        raise TypeError(f"{key} is a {type(value).__name__}; expected a torch.Tensor")
+    if tuple(value.shape) != shape:
+        raise ValueError(
+            f"size mismatch for {key}: the checkpoint has shape {tuple(value.shape)}, "
+            f"this layer {shape}"
+        )
+    if is_float:
+        source_of(value.dtype, key)
+    elif value.dtype is not torch.int8:
+        raise TypeError(
+            f"{key} has dtype {name_of(value.dtype)}; codes are int8. A float weight belongs under "
+            f"the key {key.removesuffix(_CODES)}weight, and is then quantized"
+        )

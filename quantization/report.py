@@ -1,0 +1,239 @@
+"""What a replacement did to a model, layer by layer, in numbers and as a table."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from torch import nn
+
+#: Tables longer than this join layers whose names differ in numbers only.
+_LONGEST_TABLE = 24
+_LONGEST_NAME = 60
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One linear layer of the model.
+
+    Attributes:
+        name: its dotted name; ``""`` is the model itself.
+        status: ``"replaced"``, ``"already"`` (it was of the target class before), ``"excluded"``
+            (by a pattern) or ``"left"``.
+        reason: why it was not replaced; for a replaced one empty, or what is worth knowing.
+        kind: the class it had, by name.
+        shape: (out_features, in_features), or None where there is no weight yet.
+        bytes_before: of its weight and bias.
+        bytes_after: of all tensors of what stands there now.
+        aliases: further names of the same module.
+    """
+
+    name: str
+    status: str
+    reason: str
+    kind: str
+    shape: tuple[int, int] | None
+    bytes_before: int
+    bytes_after: int
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def replaced(self) -> bool:
+        """Whether this call replaced it."""
+        return self.status == "replaced"
+
+    @property
+    def weights(self) -> int:
+        """How many numbers its weight has."""
+        return 0 if self.shape is None else self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class FloatTensor:
+    """A tensor that stays in float.
+
+    Attributes:
+        name: its dotted name.
+        shape: its shape.
+        dtype: its dtype, by name.
+        nbytes: its bytes.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
+@dataclass(frozen=True, repr=False)
+class ReplacementReport(Sequence[Candidate]):
+    """What :func:`quantization.replace_linear_layers_with_w8a16` did; printing it gives a table.
+
+    It is a sequence of :class:`Candidate`, one for each linear layer, in the order of the model;
+    ``report["lm_head"]`` looks one up by any of its names.
+
+    Attributes:
+        model: the model. Where the model itself was a linear layer, no parent could be given the
+            new one: then this is the new layer, and the old one is as it was.
+        target: the class that was put in.
+        candidates: the linear layers.
+        float_tensors: parameters that stay in float, the biggest first.
+        bytes_before: of the replaced layers, weights that are shared counted once.
+        bytes_after: of what stands in their place.
+        model_bytes_before: of all parameters and buffers of the model.
+        model_bytes_after: the same, afterwards.
+        coverage: share of the model's parameters that are weights of the target class, 0..1.
+        quantized: False where only the structure was built (``quantize=False``).
+
+    Example:
+        >>> from quantization import QWQALinearLayer, Target, replace_linear_layers_with_w8a16
+        >>> model = nn.Sequential(nn.Linear(256, 256), nn.LazyLinear(8))
+        >>> report = replace_linear_layers_with_w8a16(model, Target.Linear(QWQALinearLayer))
+        >>> len(report), len(report.replaced), report["0"].bytes_before, report["0"].bytes_after
+        (2, 1, 263168, 67584)
+        >>> print(report.left[0].reason)
+        lazy: it has no weight yet; run the model once on an input first
+    """
+
+    model: nn.Module
+    target: type[nn.Module]
+    candidates: tuple[Candidate, ...]
+    float_tensors: tuple[FloatTensor, ...]
+    bytes_before: int
+    bytes_after: int
+    model_bytes_before: int
+    model_bytes_after: int
+    coverage: float
+    quantized: bool = True
+
+    @property
+    def replaced(self) -> list[Candidate]:
+        """Those that this call replaced."""
+        return self._having("replaced")
+
+    @property
+    def already(self) -> list[Candidate]:
+        """Those that were of the target class before."""
+        return self._having("already")
+
+    @property
+    def excluded(self) -> list[Candidate]:
+        """Those that a pattern excludes."""
+        return self._having("excluded")
+
+    @property
+    def left(self) -> list[Candidate]:
+        """Those left although no pattern excludes them; each has a reason."""
+        return self._having("left")
+
+    def _having(self, status: str) -> list[Candidate]:
+        return [candidate for candidate in self.candidates if candidate.status == status]
+
+    def __len__(self) -> int:
+        return len(self.candidates)
+
+    def __iter__(self) -> Iterator[Candidate]:
+        return iter(self.candidates)
+
+    @overload
+    def __getitem__(self, key: int | str) -> Candidate: ...
+    @overload
+    def __getitem__(self, key: slice) -> tuple[Candidate, ...]: ...
+    def __getitem__(self, key):
+        """A candidate by its place or by its name.
+
+        Raises:
+            KeyError: if no candidate has that name.
+            IndexError: if there are not so many.
+        """
+        if not isinstance(key, str):
+            return self.candidates[key]
+        for candidate in self.candidates:
+            if key == candidate.name or key in candidate.aliases:
+                return candidate
+        raise KeyError(f"{key!r} is no linear layer of the model")
+
+    def __repr__(self) -> str:
+        return "\n".join([self._headline(), *_table(self.candidates), *self._totals()])
+
+    def _headline(self) -> str:
+        what = "replaced" if self.quantized else "replaced (structure only, weights not quantized)"
+        counts = [f"{len(self.replaced)} of {len(self)} linear layers {what}"]
+        counts += [f"{len(self.already)} already {self.target.__name__}"] if self.already else []
+        counts += [f"{len(self.excluded)} excluded"] if self.excluded else []
+        counts += [f"{len(self.left)} left"] if self.left else []
+        return f"ReplacementReport by {self.target.__name__}: {', '.join(counts)}"
+
+    def _totals(self) -> list[str]:
+        ratio = f" ({self.bytes_after / self.bytes_before:.3f}x)" if self.bytes_before else ""
+        lines = [
+            f"replaced layers: {size(self.bytes_before)} -> {size(self.bytes_after)}{ratio}",
+            f"whole model: {size(self.model_bytes_before)} -> {size(self.model_bytes_after)}; "
+            f"{self.coverage:.1%} of its parameters are weights of {self.target.__name__}",
+        ]
+        if self.float_tensors:
+            biggest = ", ".join(
+                f"{tensor.name} {list(tensor.shape)} {tensor.dtype} {size(tensor.nbytes)}"
+                for tensor in self.float_tensors[:3]
+            )
+            lines.append(f"biggest tensors left in float: {biggest}")
+        if any(candidate.name == "" and candidate.replaced for candidate in self):
+            lines.append("the model itself is the layer: go on with report.model")
+        return lines
+
+
+def size(nbytes: int) -> str:
+    """Bytes for reading, in decimal units.
+
+    Example:
+        >>> size(999), size(113_246_208)
+        ('999 B', '113.2 MB')
+    """
+    if nbytes < 1000:
+        return f"{nbytes} B"
+    for power, unit in enumerate(("kB", "MB", "GB"), start=1):
+        if nbytes < 999.95 * 1000**power:
+            return f"{nbytes / 1000**power:.1f} {unit}"
+    return f"{nbytes / 1000**4:.1f} TB"
+
+
+def _table(candidates: Sequence[Candidate]) -> list[str]:
+    """Aligned lines, one a candidate, or one a family of candidates where there are many."""
+    families: dict[tuple, list[Candidate]] = {}
+    for candidate in candidates:
+        families.setdefault(_family(candidate, len(candidates)), []).append(candidate)
+    rows = [("layer", "out x in", "before", "after", "what")] if families else []
+    rows += [_row(members) for members in families.values()]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)] if rows else []
+    return [
+        "  "
+        + f"{row[0]:<{widths[0]}}  "
+        + "  ".join(f"{row[column]:>{widths[column]}}" for column in (1, 2, 3))
+        + f"  {row[4]}"
+        for row in rows
+    ]
+
+
+def _family(candidate: Candidate, count: int) -> tuple:
+    """What joins candidates in one row; names are unique, so in a short table nothing does."""
+    many = count > _LONGEST_TABLE
+    name = re.sub(r"(?<![^.])\d+(?![^.])", "*", candidate.name) if many else candidate.name
+    return name, candidate.status, candidate.reason, candidate.shape
+
+
+def _row(members: list[Candidate]) -> tuple[str, str, str, str, str]:
+    first = members[0]
+    name = first.name or "(the model)"
+    if len(members) > 1:
+        name = f"{_family(first, _LONGEST_TABLE + 1)[0]} ({len(members)} layers)"
+    elif first.aliases:
+        name += f" (also {', '.join(first.aliases[:2])}{', ...' * (len(first.aliases) > 2)})"
+    if len(name) > _LONGEST_NAME:
+        name = "..." + name[3 - _LONGEST_NAME :]
+    shape = "?" if first.shape is None else f"{first.shape[0]} x {first.shape[1]}"
+    before = size(sum(member.bytes_before for member in members))
+    after = size(sum(member.bytes_after for member in members))
+    what = f"{first.status}: {first.reason}" if first.reason else first.status
+    return name, shape, before, after, what
