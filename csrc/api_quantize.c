@@ -208,28 +208,24 @@ static void encode_slabs(size_t first, size_t last, void *context)
     }
 }
 
-/* Fold the ranges of `more` into `into`; a NaN in high stays. */
-static void merge(ranges *into, const ranges *more, size_t blocks, qk_dtype compute)
+/* Fold the ranges of `more` into `into`. As all ranges hold 0, the lows change no high and the
+ * highs no low. */
+static void merge(const job *job, ranges *into, const ranges *more, size_t blocks)
 {
-    for (size_t i = 0; i < blocks; i++) {
-        double low = qk_load_source(more->low, i, compute);
-        double high = qk_load_source(more->high, i, compute);
-        if (low < qk_load_source(into->low, i, compute))
-            qk_store_source(into->low, i, compute, low);
-        if (high > qk_load_source(into->high, i, compute) || high != high)
-            qk_store_source(into->high, i, compute, high);
+    qk_dtype compute = job->spec->source == QK_FLOAT64 ? QK_FLOAT64 : QK_FLOAT32;
+    job->kernels->range[compute](into->low, into->high, more->low, blocks, 1);
+    job->kernels->range[compute](into->low, into->high, more->high, blocks, 1);
+    for (size_t i = 0; i < blocks; i++)
         into->sum[i] += more->sum[i];
-    }
 }
 
 static void merge_slabs(job *job)
 {
-    qk_dtype compute = job->spec->source == QK_FLOAT64 ? QK_FLOAT64 : QK_FLOAT32;
     for (size_t i = 0; i < job->tiles.count; i++) {
         qk_tile tile = qk_tile_at(&job->tiles, i);
         ranges *slabs = job->partial + i * job->tiles.slabs;
         for (size_t slab = 1; slab < job->tiles.slabs; slab++)
-            merge(slabs, slabs + slab, tile.blocks, compute);
+            merge(job, slabs, slabs + slab, tile.blocks);
         scale_tile(job, &tile, slabs);
     }
 }

@@ -130,22 +130,32 @@ static int scale_one(double *scale, int32_t *zero, double low, double high, doub
     return saw;
 }
 
-/* The commonest case, again and quickly: symmetric signed float32, as long as the ranges are
- * plain. Returns how many blocks it did. */
+/* The commonest case, again and quickly: float32 scales of signed or asymmetric integers. Returns
+ * how many blocks it did before one that is not plain: empty, not finite, subnormal, too wide. */
 static size_t scale_plain(void *scale, void *zero, const void *low, const void *high, size_t count,
                           const qk_spec *spec)
 {
-    if (spec->mode != QK_SYMMETRIC || spec->code_min == 0 || spec->source == QK_FLOAT64 ||
-        scale_type(spec) != QK_FLOAT32 || zero)
+    int symmetric = spec->mode == QK_SYMMETRIC;
+    if (spec->mode == QK_BINARY || (symmetric && spec->code_min == 0) ||
+        spec->source == QK_FLOAT64 || scale_type(spec) != QK_FLOAT32)
         return 0;
-    float half = (float)half_of(spec);
+    float least = (float)spec->code_min, most = (float)spec->code_max;
+    float steps = symmetric ? (float)half_of(spec) : most - least;
     size_t i = 0;
     for (; i < count; i++) {
-        float least = -qk_load_float32(low, i), most = qk_load_float32(high, i);
-        float absmax = least > most ? least : most, value = absmax / half;
-        if (!(value >= FLT_MIN && absmax <= FLT_MAX && most == most))
+        float below = qk_load_float32(low, i), above = qk_load_float32(high, i);
+        float reach = !symmetric ? above - below : -below > above ? -below : above;
+        float value = reach / steps;
+        if (!(value >= FLT_MIN && reach <= FLT_MAX && above == above))
             break;
         qk_store_float32(scale, i, value);
+        if (zero && symmetric)
+            qk_store_int32(zero, i, 0);
+        else if (zero) {
+            float point = rintf(least - below / value);
+            point = point < least ? least : point > most ? most : point;
+            qk_store_int32(zero, i, (int32_t)point);
+        }
     }
     return i;
 }

@@ -42,7 +42,8 @@ qk_tiles qk_cut_grid(const qk_grid *grid)
     tiles.count = tiles.tiles_across * ceil_div(tiles.rows, tiles.block_rows);
     if (tiles.count < QK_TILES_ENOUGH && tiles.rows * tiles.cols >= 2 * QK_TASK_ELEMENTS) {
         size_t lines = tiles.block_rows > 1 ? tiles.block_rows : lines_of_long_block(&tiles);
-        tiles.slabs = smaller(lines, ceil_div(QK_TILES_ENOUGH, tiles.count));
+        size_t most = tiles.tile_blocks > 1 ? ceil_div(lines, QK_SLAB_LINES) : lines;
+        tiles.slabs = smaller(most, ceil_div(QK_TILES_ENOUGH, tiles.count));
     }
     return tiles;
 }

@@ -12,7 +12,8 @@ enum {
     QK_TILE_BLOCKS = 512,    /* at most, in a tile */
     QK_TILE_WIDTH = 4096,    /* elements across, unless one block is wider */
     QK_LINE = 16384,         /* elements of a line cut out of one long block */
-    QK_TILES_ENOUGH = 64,    /* with fewer tiles, each is measured in slabs of lines */
+    QK_TILES_ENOUGH = 64,    /* with fewer tiles, each is measured in slabs of lines, */
+    QK_SLAB_LINES = 32,      /* of so many lines at least where a tile has many blocks to merge */
     QK_TASK_ELEMENTS = 32768 /* fewer are not worth a thread */
 };
 
