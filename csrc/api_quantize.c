@@ -80,12 +80,12 @@ static qk_status check_grid(const qk_grid *grid)
 }
 
 /* The arrays of a call, to be checked for overlap: the outputs come first. */
-typedef struct span {
+typedef struct memory_span {
     const void *data;
     size_t bytes;
-} span;
+} memory_span;
 
-static int are_apart(const span *spans, size_t outputs, size_t count)
+static int are_apart(const memory_span *spans, size_t outputs, size_t count)
 {
     for (size_t i = 0; i < outputs; i++)
         for (size_t j = i + 1; j < count; j++)
@@ -94,9 +94,9 @@ static int are_apart(const span *spans, size_t outputs, size_t count)
     return 1;
 }
 
-static span span_of(const void *data, size_t items, size_t item_bytes)
+static memory_span span_of(const void *data, size_t items, size_t item_bytes)
 {
-    return (span){data, items * item_bytes};
+    return (memory_span){data, items * item_bytes};
 }
 
 static size_t count_blocks(const qk_grid *grid)
@@ -107,11 +107,11 @@ static size_t count_blocks(const qk_grid *grid)
 /* ---- the job ------------------------------------------------------------ */
 
 /* Ranges of the blocks of one tile; floats lie at the front of the arrays of doubles. */
-typedef struct ranges {
+typedef struct tile_ranges {
     double low[QK_TILE_BLOCKS], high[QK_TILE_BLOCKS], sum[QK_TILE_BLOCKS];
-} ranges;
+} tile_ranges;
 
-typedef struct job {
+typedef struct quantize_job {
     const qk_kernels *kernels;
     const qk_spec *spec;
     qk_tiles tiles;
@@ -119,21 +119,21 @@ typedef struct job {
     const char *source;
     char *codes; /* NULL: only measure */
     char *scale, *zero;
-    ranges *partial; /* one for each slab, or NULL */
-    atomic_int saw;  /* flags of scale.h */
-} job;
+    tile_ranges *partial; /* one for each slab, or NULL */
+    atomic_int saw;       /* flags of scale.h */
+} quantize_job;
 
-static job job_of(const qk_grid *grid, const qk_spec *spec)
+static quantize_job job_of(const qk_grid *grid, const qk_spec *spec)
 {
-    job job = {.kernels = qk_active_kernels(), .spec = spec, .tiles = qk_cut_grid(grid)};
+    quantize_job job = {.kernels = qk_active_kernels(), .spec = spec, .tiles = qk_cut_grid(grid)};
     job.source_bytes = qk_dtype_bytes(spec->source);
     job.code_bytes = qk_dtype_bytes(spec->code);
     job.scale_bytes = spec->source == QK_FLOAT64 ? sizeof(double) : sizeof(float);
     return job;
 }
 
-static void measure_lines(const job *job, const qk_tile *tile, size_t first, size_t last,
-                          ranges *into)
+static void measure_lines(const quantize_job *job, const qk_tile *tile, size_t first, size_t last,
+                          tile_ranges *into)
 {
     const qk_kernels *kernels = job->kernels;
     qk_dtype from = job->spec->source;
@@ -149,7 +149,7 @@ static void measure_lines(const job *job, const qk_tile *tile, size_t first, siz
     }
 }
 
-static void scale_tile(job *job, const qk_tile *tile, ranges *ranges)
+static void scale_tile(quantize_job *job, const qk_tile *tile, tile_ranges *ranges)
 {
     for (size_t i = 0; job->spec->mode == QK_BINARY && i < tile->blocks; i++)
         ranges->sum[i] /= (double)qk_block_elements(tile, i);
@@ -160,7 +160,7 @@ static void scale_tile(job *job, const qk_tile *tile, ranges *ranges)
         atomic_fetch_or(&job->saw, saw);
 }
 
-static void encode_lines(const job *job, const qk_tile *tile, size_t first, size_t last)
+static void encode_lines(const quantize_job *job, const qk_tile *tile, size_t first, size_t last)
 {
     const char *scale = job->scale + tile->block * job->scale_bytes;
     const void *zero = job->zero ? job->zero + tile->block * sizeof(int32_t) : NULL;
@@ -175,10 +175,10 @@ static void encode_lines(const job *job, const qk_tile *tile, size_t first, size
 /* Whole tiles [first, last): the blocks are still in the cache when they are encoded. */
 static void run_tiles(size_t first, size_t last, void *context)
 {
-    job *job = context;
+    quantize_job *job = context;
     for (size_t i = first; i < last; i++) {
         qk_tile tile = qk_tile_at(&job->tiles, i);
-        ranges ranges;
+        tile_ranges ranges;
         measure_lines(job, &tile, 0, tile.lines, &ranges);
         scale_tile(job, &tile, &ranges);
         if (job->codes)
@@ -188,7 +188,7 @@ static void run_tiles(size_t first, size_t last, void *context)
 
 static void measure_slabs(size_t first, size_t last, void *context)
 {
-    job *job = context;
+    quantize_job *job = context;
     for (size_t i = first; i < last; i++) {
         qk_tile tile = qk_tile_at(&job->tiles, i / job->tiles.slabs);
         size_t from, to;
@@ -199,7 +199,7 @@ static void measure_slabs(size_t first, size_t last, void *context)
 
 static void encode_slabs(size_t first, size_t last, void *context)
 {
-    job *job = context;
+    quantize_job *job = context;
     for (size_t i = first; i < last; i++) {
         qk_tile tile = qk_tile_at(&job->tiles, i / job->tiles.slabs);
         size_t from, to;
@@ -210,7 +210,8 @@ static void encode_slabs(size_t first, size_t last, void *context)
 
 /* Fold the ranges of `more` into `into`. As all ranges hold 0, the lows change no high and the
  * highs no low. */
-static void merge(const job *job, ranges *into, const ranges *more, size_t blocks)
+static void merge(const quantize_job *job, tile_ranges *into, const tile_ranges *more,
+                  size_t blocks)
 {
     qk_dtype compute = job->spec->source == QK_FLOAT64 ? QK_FLOAT64 : QK_FLOAT32;
     job->kernels->range[compute](into->low, into->high, more->low, blocks, 1);
@@ -219,18 +220,18 @@ static void merge(const job *job, ranges *into, const ranges *more, size_t block
         into->sum[i] += more->sum[i];
 }
 
-static void merge_slabs(job *job)
+static void merge_slabs(quantize_job *job)
 {
     for (size_t i = 0; i < job->tiles.count; i++) {
         qk_tile tile = qk_tile_at(&job->tiles, i);
-        ranges *slabs = job->partial + i * job->tiles.slabs;
+        tile_ranges *slabs = job->partial + i * job->tiles.slabs;
         for (size_t slab = 1; slab < job->tiles.slabs; slab++)
             merge(job, slabs, slabs + slab, tile.blocks);
         scale_tile(job, &tile, slabs);
     }
 }
 
-static qk_status run_job(job *job)
+static qk_status run_job(quantize_job *job)
 {
     size_t slabs = job->tiles.count * job->tiles.slabs;
     size_t grain = qk_task_grain(&job->tiles, slabs);
@@ -249,7 +250,7 @@ static qk_status run_job(job *job)
 }
 
 /* What was seen, as a status with the first culprit: found only now that there is one. */
-static qk_status judge(const job *job, size_t items, size_t *where)
+static qk_status judge(const quantize_job *job, size_t items, size_t *where)
 {
     int saw = atomic_load(&job->saw);
     if (job->spec->keep_non_finite)
@@ -277,11 +278,11 @@ qk_status qk_quantize(void *codes, void *scale, int32_t *zero, const void *sourc
     status = status == QK_OK ? check_grid(grid) : status;
     QK_REQUIRE(status == QK_OK, status);
     QK_REQUIRE(zero || spec->mode != QK_ASYMMETRIC, QK_BAD_CODES);
-    job job = job_of(grid, spec);
+    quantize_job job = job_of(grid, spec);
     size_t items = grid->rows * grid->cols, blocks = count_blocks(grid);
-    span spans[] = {span_of(scale, blocks, job.scale_bytes), span_of(zero, blocks, sizeof *zero),
-                    span_of(codes, items, job.code_bytes),
-                    span_of(source, items, job.source_bytes)};
+    memory_span spans[] = {
+        span_of(scale, blocks, job.scale_bytes), span_of(zero, blocks, sizeof *zero),
+        span_of(codes, items, job.code_bytes), span_of(source, items, job.source_bytes)};
     QK_REQUIRE(are_apart(spans, 3, 4), QK_OVERLAP);
     job.source = source;
     job.codes = codes;
@@ -303,10 +304,11 @@ qk_status qk_encode(void *codes, const void *source, const void *scale, const in
     qk_status status = check_spec(spec);
     status = status == QK_OK ? check_grid(grid) : status;
     QK_REQUIRE(status == QK_OK, status);
-    job job = job_of(grid, spec);
+    quantize_job job = job_of(grid, spec);
     size_t items = grid->rows * grid->cols, blocks = count_blocks(grid);
-    span spans[] = {span_of(codes, items, job.code_bytes), span_of(source, items, job.source_bytes),
-                    span_of(scale, blocks, job.scale_bytes), span_of(zero, blocks, sizeof *zero)};
+    memory_span spans[] = {
+        span_of(codes, items, job.code_bytes), span_of(source, items, job.source_bytes),
+        span_of(scale, blocks, job.scale_bytes), span_of(zero, blocks, sizeof *zero)};
     QK_REQUIRE(are_apart(spans, 1, 4), QK_OVERLAP);
     job.source = source;
     job.codes = codes;
@@ -361,8 +363,9 @@ qk_status qk_decode(void *out, qk_dtype out_dtype, const void *codes, qk_dtype c
                       .scale = scale,
                       .zero = zero};
     size_t items = grid->rows * grid->cols, blocks = count_blocks(grid);
-    span spans[] = {span_of(out, items, job.out_bytes), span_of(codes, items, job.code_bytes),
-                    span_of(scale, blocks, job.scale_bytes), span_of(zero, blocks, sizeof *zero)};
+    memory_span spans[] = {
+        span_of(out, items, job.out_bytes), span_of(codes, items, job.code_bytes),
+        span_of(scale, blocks, job.scale_bytes), span_of(zero, blocks, sizeof *zero)};
     QK_REQUIRE(are_apart(spans, 1, 4), QK_OVERLAP);
     size_t slabs = job.tiles.count * job.tiles.slabs;
     qk_parallel_for(slabs, qk_task_grain(&job.tiles, slabs), decode_slabs, &job);

@@ -31,7 +31,8 @@ static inline void magnitude_any(double *sum, const void *source, size_t count, 
 {
     FOR_EACH_IN_RUNS(i, block, count, run)
     {
-        sum[block] += fabs(qk_load_source(source, i, from));
+        double more = fabs(qk_load_source(source, i, from));
+        qk_store_float64(sum, block, qk_load_float64(sum, block) + more);
     }
 }
 

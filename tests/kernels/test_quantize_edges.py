@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
+import sys
+
 import numpy as np
 import oracle
 import pytest
@@ -13,6 +16,7 @@ from quantization import _kernels
 from quantization._kernels import DataError
 
 ROW = (1, 1 << 20)
+MAP_NORESERVE = 0x4000  # not in the mmap module of CPython 3.11
 ASYMMETRIC = Spec(mode="asymmetric", code_min=-128)
 UNSIGNED = Spec(code="uint8", code_min=0, code_max=255)
 
@@ -278,3 +282,23 @@ def test_threads_find_the_first_culprit(isa: str, rng: np.random.Generator) -> N
             with pytest.raises(DataError) as caught:
                 calls.quantize(matrix, block, Spec())
             assert caught.value.args[1] == 211 * 700 + 5
+
+
+# ---- more elements than 32 bits count ----------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="maps memory that is never filled")
+def test_more_than_two_to_the_31_elements() -> None:
+    """Zeros that the kernel maps but never stores; only the last row holds something."""
+    rows, cols = (1 << 15) + 3, 1 << 16
+    area = mmap.mmap(-1, rows * cols * 2, flags=mmap.MAP_PRIVATE | MAP_NORESERVE)
+    bits = np.frombuffer(area, np.uint16).reshape(rows, cols)
+    bits[-1, -1] = calls.stored(np.array([-254.0]), "float16")[0]
+    scale = np.zeros((rows, 1), np.float32)
+    spec = calls.arguments(as_source(Spec(), "float16"))
+    _kernels.measure(scale, None, bits, rows, cols, 1, cols, *spec)
+    assert (scale[:-1] == 1).all()
+    assert scale[-1, 0] == 2
+    whole = scale[:1].copy()
+    _kernels.measure(whole, None, bits, rows, cols, rows, cols, *spec)
+    assert whole[0, 0] == 2
