@@ -21,10 +21,14 @@
 #include "pack_avx2.inc"
 #include "pack.inc"
 
+#include "linear_avx2.inc"
+#include "linear.inc"
+
 void qk_use_avx2(qk_kernels *table)
 {
     qk_use_quantize(table);
     qk_use_pack(table);
+    qk_use_linear(table);
 }
 
 #if defined(__clang__)

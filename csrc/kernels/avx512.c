@@ -23,10 +23,14 @@
 #include "pack_avx512.inc"
 #include "pack.inc"
 
+#include "linear_avx512.inc"
+#include "linear.inc"
+
 void qk_use_avx512(qk_kernels *table)
 {
     qk_use_quantize(table);
     qk_use_pack(table);
+    qk_use_linear(table);
 }
 
 #if defined(__clang__)

@@ -14,10 +14,14 @@
 #include "pack_neon.inc"
 #include "pack.inc"
 
+#include "linear_neon.inc"
+#include "linear.inc"
+
 void qk_use_neon(qk_kernels *table)
 {
     qk_use_quantize(table);
     qk_use_pack(table);
+    qk_use_linear(table);
 }
 
 #endif

@@ -9,10 +9,11 @@
 #include <simde/x86/f16c.h>
 #include <simde/x86/fma.h>
 
-#include "conversions.h"
-
 /* SIMDe 0.7.4 gives this alias two arguments too many. */
 #undef _mm512_madd_epi16
 #define _mm512_madd_epi16(a, b) simde_mm512_madd_epi16(a, b)
+
+#include "conversions.h"
+#include "missing.h"
 
 #endif
