@@ -1,4 +1,5 @@
-/* Other AVX-512 intrinsics that SIMDe 0.7.4 lacks. A masked load reads the lanes of its mask only. */
+/* Other AVX-512 intrinsics that SIMDe 0.7.4 lacks. A masked load reads the lanes of its mask only.
+ */
 #ifndef EMULATED_MISSING_H
 #define EMULATED_MISSING_H
 
