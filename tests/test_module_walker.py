@@ -1,0 +1,334 @@
+"""Walking a model: names, patterns, and the reason why a layer cannot be converted."""
+
+from __future__ import annotations
+
+import doctest
+import re
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune
+
+from quantization import module_walker
+from quantization.module_walker import (
+    adapters,
+    float_parts,
+    is_conv1d,
+    looks_linear,
+    match_patterns,
+    walk,
+    why_left,
+)
+
+
+def test_examples_in_the_docstrings() -> None:
+    assert doctest.testmod(module_walker).failed == 0
+
+
+# ---- walk ------------------------------------------------------------------------------------
+
+
+def test_walk_has_the_names_and_order_of_torch() -> None:
+    model = nn.Transformer(8, 2, 1, 2, 16)
+    shared = nn.Linear(2, 2)
+    model.extra = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, nn.ReLU())})
+    model.extra.register_module("none", None)
+    mine = [(site.name, site.module) for site in walk(model)]
+    assert mine == list(model.named_modules(remove_duplicate=False))
+    for site in walk(model):
+        if site.parent is not None:
+            assert site.parent._modules[site.key] is site.module
+
+
+def test_walk_is_not_stopped_by_depth() -> None:
+    model: nn.Module = nn.Linear(2, 2)
+    for _ in range(5000):
+        parent = nn.Module()
+        parent.x = model
+        model = parent
+    sites = list(walk(model))
+    assert len(sites) == 5001
+    assert sites[-1].name == ".".join("x" * 5000)
+
+
+def test_walk_ends_where_modules_hang_in_a_circle_or_share_at_every_level() -> None:
+    a, b = nn.Module(), nn.Module()
+    a.b, b.a = b, a
+    assert {id(site.module) for site in walk(a)} == {id(a), id(b)}
+    model: nn.Module = nn.Linear(2, 2)
+    for _ in range(40):  # 2 ** 40 names
+        model = nn.Sequential(model, model)
+    assert sum(1 for _ in walk(model)) < 64 * 2 * 42
+
+
+def test_every_place_of_a_module_shared_very_often_is_found() -> None:
+    model = nn.Sequential(*[nn.Linear(2, 2)] * 200)
+    assert len(list(walk(model))) == 201
+    blocks = nn.Sequential(*[nn.Sequential(nn.Linear(2, 2))] * 200)
+    excluded = match_patterns(list(walk(blocks)), "199")
+    assert id(blocks[0][0]) in excluded
+
+
+# ---- patterns --------------------------------------------------------------------------------
+
+
+class Head(nn.Linear):
+    pass
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    layers = [nn.ModuleDict({"up_proj": nn.Linear(2, 2), "down": nn.Linear(2, 2)}) for _ in "01"]
+    return nn.ModuleDict(
+        {"model": nn.ModuleDict({"layers": nn.ModuleList(layers)}), "head": Head(2, 2)}
+    )
+
+
+def matched(model: nn.Module, *patterns: Any) -> set[str]:
+    sites = list(walk(model))
+    found = match_patterns(sites, patterns)
+    return {s.name for s in sites if id(s.module) in found and isinstance(s.module, nn.Linear)}
+
+
+@pytest.mark.parametrize(
+    ("pattern", "wanted"),
+    [
+        ("head", {"head"}),
+        ("down", {"model.layers.0.down", "model.layers.1.down"}),
+        ("model.layers.1.down", {"model.layers.1.down"}),
+        ("model.layers.0", {"model.layers.0.down", "model.layers.0.up_proj"}),
+        ("*_proj", {"model.layers.0.up_proj", "model.layers.1.up_proj"}),
+        ("up_*", {"model.layers.0.up_proj", "model.layers.1.up_proj"}),
+        ("*.1.up?proj", {"model.layers.1.up_proj"}),
+        ("*.[12].down", {"model.layers.1.down"}),
+        (r"re:layers\.\d+\.down$", {"model.layers.0.down", "model.layers.1.down"}),
+        ("re:^head", {"head"}),
+        (Head, {"head"}),
+        (lambda name, module: name.endswith("0.down"), {"model.layers.0.down"}),
+        (
+            lambda name, module: isinstance(module, nn.ModuleList),
+            {f"model.layers.{i}.{name}" for i in "01" for name in ("up_proj", "down")},
+        ),
+    ],
+    ids=str,
+)
+def test_patterns_of_every_kind(model: nn.Module, pattern: Any, wanted: set[str]) -> None:
+    assert matched(model, pattern) == wanted
+    assert len(match_patterns(list(walk(model)), pattern)) >= len(wanted)  # one, not in a list
+
+
+def test_several_patterns_add_up(model: nn.Module) -> None:
+    assert matched(model, "head", "*.0.down") == {"head", "model.layers.0.down"}
+    assert matched(model) == set()
+    assert len(matched(model, nn.Linear)) == 5
+    assert len(matched(model, "*")) == 5
+
+
+def test_a_child_of_two_parents_is_excluded_by_either() -> None:
+    shared = nn.Linear(2, 2)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": nn.Sequential(shared)})
+    for pattern in ("a", "b", "a.0", "b.0"):
+        assert matched(model, pattern) == {"a.0", "b.0"}
+
+
+def test_odd_names_are_matched_as_they_stand() -> None:
+    model = nn.ModuleDict({"w[0]": nn.Linear(2, 2), "w0": nn.Linear(2, 2)})
+    assert "w[0]" in matched(model, "w[0]")
+
+
+@pytest.mark.parametrize(
+    ("pattern", "nearest"),
+    [
+        ("lm_hed", "'lm_head'"),
+        ("model.layers.0.up_prj", "'model.layers.0.up_proj'"),
+        ("re:lm_heads$", "'lm_head'"),
+        ("*.lm_heads", "'lm_head'"),
+        (nn.Bilinear, "'Linear'"),
+        (lambda name, module: False, "nearest names are"),
+        ("", "nearest names are 'model'"),
+        ("Lm_Head", "'lm_head'"),
+    ],
+)
+def test_a_pattern_that_matches_nothing(pattern: Any, nearest: str) -> None:
+    model = nn.ModuleDict(
+        {
+            "model": nn.ModuleDict(
+                {"layers": nn.Sequential(nn.ModuleDict({"up_proj": nn.Linear(2, 2)}))}
+            ),
+            "lm_head": nn.Linear(2, 2),
+        }
+    )
+    with pytest.raises(ValueError, match="matches no module of the model") as error:
+        matched(model, "lm_head", pattern)
+    assert nearest in str(error.value)
+
+
+def test_patterns_of_a_wrong_kind(model: nn.Module) -> None:
+    for pattern in (3, None, int, nn.Linear(2, 2), ["head"]):
+        with pytest.raises(TypeError, match="a pattern is a child name, a dotted name, a glob"):
+            matched(model, pattern)
+    with pytest.raises(ValueError, match="no regular expression"):
+        matched(model, "re:(")
+    with pytest.raises(ValueError, match="the model has no children"):
+        match_patterns(list(walk(nn.ReLU())), "head")
+
+
+# ---- why a layer is left ---------------------------------------------------------------------
+
+
+def with_forward(linear: nn.Linear) -> nn.Linear:
+    linear.forward = lambda x: x  # type: ignore[method-assign]
+    return linear
+
+
+def with_extra(kind: str) -> nn.Linear:
+    linear = nn.Linear(2, 2)
+    if kind == "module":
+        linear.adapter = nn.Linear(2, 2)
+    elif kind == "parameter":
+        linear.gate = nn.Parameter(torch.zeros(2))
+    elif kind == "buffer":
+        linear.register_buffer("smooth", torch.zeros(2))
+    else:
+        linear.register_load_state_dict_pre_hook(lambda *args: None)
+    return linear
+
+
+def with_weight(value: Any) -> nn.Linear:
+    linear = nn.Linear(2, 2)
+    linear.weight = nn.Parameter(value, requires_grad=False)
+    return linear
+
+
+class LoraLinear(nn.Linear):
+    """As in loralib: adds its adapter in forward."""
+
+
+class Tagged(torch.Tensor):
+    pass
+
+
+class Scaled(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2
+
+
+REASONS: dict[str, tuple[Callable[[], Any], str]] = {
+    "mha": (lambda: nn.MultiheadAttention(4, 2).out_proj, "MultiheadAttention reads this weight"),
+    "lazy": (lambda: nn.LazyLinear(2), "lazy: it has no weight yet"),
+    "subclass": (lambda: LoraLinear(2, 2), "LoraLinear is a subclass of nn.Linear"),
+    "weight_norm": (
+        lambda: torch.nn.utils.weight_norm(nn.Linear(2, 2)),
+        r"weight_norm \(weight\): torch.nn.utils.remove_weight_norm",
+    ),
+    "spectral_norm": (
+        lambda: torch.nn.utils.spectral_norm(nn.Linear(2, 2)),
+        r"spectral_norm \(weight\): torch.nn.utils.remove_spectral_norm",
+    ),
+    "new weight_norm": (
+        lambda: parametrizations.weight_norm(nn.Linear(2, 2)),
+        r"parametrized \(weight\).*remove_parametrizations",
+    ),
+    "parametrized": (
+        lambda: parametrize.register_parametrization(nn.Linear(2, 2), "bias", Scaled()) or 0,
+        r"parametrized \(bias\)",
+    ),
+    "pruned": (
+        lambda: prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5),
+        r"pruned \(weight\): torch.nn.utils.prune.remove\(layer, 'weight'\)",
+    ),
+    "pruned bias": (lambda: prune.identity(nn.Linear(2, 2), "bias"), r"pruned \(bias\)"),
+    "complex": (lambda: nn.Linear(2, 2, dtype=torch.complex64), "complex64"),
+    "integer": (lambda: with_weight(torch.zeros(2, 2, dtype=torch.int8)), "weight is torch.int8"),
+    "float8": (
+        lambda: with_weight(torch.zeros(2, 2).to(torch.float8_e4m3fn)),
+        "float8_e4m3fn.*float32, bfloat16, float16, float64 can be converted",
+    ),
+    "sparse": (lambda: with_weight(torch.eye(2).to_sparse()), "sparse_coo"),
+    "tensor subclass": (lambda: with_weight(torch.zeros(2, 2).as_subclass(Tagged)), "Tagged"),
+    "hooked forward": (lambda: with_forward(nn.Linear(2, 2)), "forward was replaced"),
+    "extra module": (lambda: with_extra("module"), "more than a weight and a bias: adapter"),
+    "extra parameter": (lambda: with_extra("parameter"), "a bias: gate"),
+    "extra buffer": (lambda: with_extra("buffer"), "a bias: smooth"),
+    "state hook": (lambda: with_extra("state hook"), "hooks on its state dict"),
+    "wrong shape": (lambda: with_weight(torch.zeros(2, 2, 1)), r"shape \(2, 2, 1\)"),
+    "wrong outputs": (lambda: with_weight(torch.zeros(3, 2)), "but it has 2 outputs"),
+    "not linear": (lambda: nn.Conv1d(1, 1, 1), "Conv1d is not nn.Linear"),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_each_reason(case: str) -> None:
+    build, message = REASONS[case]
+    module = build()
+    reason = why_left(module)
+    assert reason is not None and re.search(message, reason), reason
+    with pytest.raises(TypeError, match="cannot be converted"):
+        float_parts(module)
+    if isinstance(module, nn.Linear):
+        assert looks_linear(module)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_remedies_help() -> None:
+    linear = torch.nn.utils.weight_norm(nn.Linear(2, 2))
+    assert why_left(torch.nn.utils.remove_weight_norm(linear)) is None
+    linear = prune.random_unstructured(nn.Linear(2, 2), "weight", 0.5)
+    assert why_left(prune.remove(linear, "weight")) is None
+    linear = parametrizations.orthogonal(nn.Linear(2, 2))
+    parametrize.remove_parametrizations(linear, "weight")
+    assert why_left(linear) is None
+    lazy = nn.LazyLinear(3)
+    lazy(torch.zeros(1, 2))
+    assert why_left(lazy) is None
+
+
+def test_what_can_be_converted() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        for bias in (True, False):
+            assert why_left(nn.Linear(3, 2, bias=bias, dtype=dtype)) is None
+    assert why_left(nn.Linear(3, 2, device="meta")) is None
+    frozen = nn.Linear(3, 2).requires_grad_(False)
+    frozen.register_forward_hook(lambda *args: None)
+    assert why_left(frozen) is None
+
+
+def test_look_alikes() -> None:
+    class Mine(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.in_features, self.out_features = 3, 2
+            self.weight = nn.Parameter(torch.zeros(2, 3))
+
+    assert looks_linear(Mine()) and "Mine is not nn.Linear" in why_left(Mine())
+    for module in (nn.Embedding(3, 2), nn.Bilinear(2, 2, 2), nn.LayerNorm(3), nn.Conv2d(1, 1, 1)):
+        assert not looks_linear(module)
+
+
+def test_conv1d_of_transformers() -> None:
+    conv1d = pytest.importorskip("transformers.pytorch_utils").Conv1D
+    module = conv1d(6, 4)
+    assert is_conv1d(module) and looks_linear(module) and why_left(module) is None
+    weight, bias = float_parts(module)
+    assert weight.shape == (6, 4) and bias.shape == (6,)
+    assert torch.equal(weight, module.weight.t())
+    prune.identity(module, "weight")
+    assert looks_linear(module) and "pruned" in why_left(module)
+
+
+def test_adapter_layers_are_known_by_their_base() -> None:
+    class LoraLayer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.base_layer = nn.Linear(2, 2)
+            self.lora_A = nn.ModuleDict({"default": nn.Linear(2, 1)})
+
+    model = nn.ModuleDict({"q": LoraLayer(), "k": nn.Linear(2, 2)})
+    found = adapters(list(walk(model)))
+    assert id(model["q"].base_layer) in found and id(model["q"].lora_A["default"]) in found
+    assert id(model["k"]) not in found
+    assert "merge it first" in found[id(model["q"].base_layer)]
