@@ -6,6 +6,7 @@ layer. Then only assignments, which are taken back if an interrupt comes between
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -96,6 +97,7 @@ def replace_linear_layers_with_w8a16(
     _leave_tied(found, sites, untie)
     if strict:
         _refuse_left(found)
+    _warn_if_nothing_to_do(found)
     for layer in found:
         if layer.status == "replaced":
             layer.new = convert(layer.module, layer.names[0], cls, quantize, nonfinite)
@@ -187,6 +189,16 @@ def _refuse_left(layers: list[_Layer]) -> None:
             f"strict: {len(left)} linear layers would be left in float, so nothing was changed; "
             "exclude them by name if that is meant\n" + "\n".join(lines)
         )
+
+
+def _warn_if_nothing_to_do(layers: list[_Layer]) -> None:
+    if any(layer.status != "left" for layer in layers):
+        return
+    why = "the model has no linear layer"
+    if layers:
+        why = f"{layers[0].names[0] or 'the model'} is {layers[0].reason}"
+        why += f", and {len(layers) - 1} more in the report" if len(layers) > 1 else ""
+    warnings.warn(f"no layer was replaced: {why}", stacklevel=3)
 
 
 # ---- the report ------------------------------------------------------------------------------

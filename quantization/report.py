@@ -175,7 +175,7 @@ class ReplacementReport(Sequence[Candidate]):
         ]
         if self.float_tensors:
             biggest = ", ".join(
-                f"{tensor.name} {list(tensor.shape)} {tensor.dtype} {size(tensor.nbytes)}"
+                f"{_short(tensor.name)} {list(tensor.shape)} {tensor.dtype} {size(tensor.nbytes)}"
                 for tensor in self.float_tensors[:3]
             )
             lines.append(f"biggest tensors left in float: {biggest}")
@@ -230,10 +230,12 @@ def _row(members: list[Candidate]) -> tuple[str, str, str, str, str]:
         name = f"{_family(first, _LONGEST_TABLE + 1)[0]} ({len(members)} layers)"
     elif first.aliases:
         name += f" (also {', '.join(first.aliases[:2])}{', ...' * (len(first.aliases) > 2)})"
-    if len(name) > _LONGEST_NAME:
-        name = "..." + name[3 - _LONGEST_NAME :]
     shape = "?" if first.shape is None else f"{first.shape[0]} x {first.shape[1]}"
     before = size(sum(member.bytes_before for member in members))
     after = size(sum(member.bytes_after for member in members))
     what = f"{first.status}: {first.reason}" if first.reason else first.status
-    return name, shape, before, after, what
+    return _short(name), shape, before, after, what
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= _LONGEST_NAME else "..." + name[3 - _LONGEST_NAME :]
