@@ -62,7 +62,7 @@ def load_model(name: str | None = None, dtype: torch.dtype = torch.float32) -> L
     """
     if name is None:
         model = char_model.load().to(dtype)
-        source = "embedded: characters of the King James Bible (quantization/demo)"
+        source = "embedded: a character-level transformer that knows the King James Bible"
         return LoadedModel("embedded", source, "characters", model, None, ["head"])
     if name in WHEEL_MODELS:
         _transformers(WHEEL_MODELS[name].gguf is not None)  # a missing extra is told before 90 MB

@@ -181,7 +181,7 @@ def bits_per_character(model: CharModel, text: str, batch: int = 16) -> float:
 
 @torch.inference_mode()
 def continue_text(
-    model: CharModel, prompt: str, characters: int, seed: int = 0, temperature: float = 0.7
+    model: CharModel, prompt: str, characters: int, seed: int = 0, temperature: float = 0.5
 ) -> str:
     """Sample `characters` characters after `prompt`; equal arguments give equal text.
 
