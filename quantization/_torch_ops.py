@@ -198,6 +198,21 @@ def _register_batching(operator: Any) -> None:
 for _operator in (_linear, _linear_bias, _linear_backward):
     _register_batching(_operator)
 
+
+def _register_nested(name: str, operator: Any) -> None:
+    """A nested tensor, which nn.TransformerEncoder makes of a mask, is a call for each part."""
+
+    def nested(x, *rest):
+        return torch.nested.as_nested_tensor([operator(part, *rest) for part in x.unbind()])
+
+    _library.impl(name, nested, "NestedTensorCPU")
+    _library.impl(name, torch.library.fallthrough_kernel, "AutogradNestedTensor")
+
+
+_library = torch.library.Library("quantization", "FRAGMENT")  # what it registered dies with it
+_register_nested("linear", _linear)
+_register_nested("linear_bias", _linear_bias)
+
 # ---- derivatives -----------------------------------------------------------------------------
 
 

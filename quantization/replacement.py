@@ -45,8 +45,8 @@ def replace_linear_layers_with_w8a16(
     computes (weight_norm, parametrized, pruned, lazy) are left, each with its reason in the report.
     Hooks, the training flag and attributes of a layer are carried over. A module that hangs in
     several places is converted once and stays shared; layers that share one weight share one set
-    of codes. nn.TransformerEncoder(Layer) around a replaced layer is told not to take the fast
-    path that would bypass it (``activation_relu_or_gelu = 0``, ``use_nested_tensor = False``).
+    of codes. An nn.TransformerEncoderLayer that holds a replaced layer is told not to take the fast
+    path that would bypass it (``activation_relu_or_gelu = 0``).
 
     On any error, an interrupt included, the model is exactly as it was. For that, float weights
     live until all layers are built: at its peak the model takes its bytes before plus after.
@@ -306,22 +306,28 @@ def _stores(sites: list[Site], swapped: dict[int, nn.Module]) -> list[tuple[dict
         for site in sites
         if site.parent is not None and id(site.module) in swapped
     ]
-    bypassing = {
-        id(site.parent)
-        for site in sites
-        if isinstance(site.parent, nn.TransformerEncoderLayer) and id(site.module) in swapped
-    }
     for site in sites:
         module: Any = site.module
-        if id(module) in bypassing:
-            flag = "activation_relu_or_gelu"
-            stores.append((module.__dict__, flag, 0, module.__dict__.get(flag, 0)))
-        if isinstance(module, nn.TransformerEncoder) and any(
-            id(layer) in bypassing for layer in module.layers
-        ):
-            flag = "use_nested_tensor"
-            stores.append((module.__dict__, flag, False, module.__dict__.get(flag, False)))
+        if isinstance(module, nn.TransformerEncoderLayer) and _new_children(module, swapped):
+            stores.append(_flag(module, "activation_relu_or_gelu", 0))
+        if isinstance(module, nn.TransformerEncoder):
+            new = [child for layer in module.layers for child in _new_children(layer, swapped)]
+            if not all(_has_weight(child) for child in new):
+                stores.append(_flag(module, "use_nested_tensor", False))
     return stores
+
+
+def _new_children(module: nn.Module, swapped: dict[int, nn.Module]) -> list[nn.Module]:
+    return [swapped[id(child)] for child in module._modules.values() if id(child) in swapped]
+
+
+def _has_weight(module: nn.Module) -> bool:
+    """Whether nn.TransformerEncoder can read ``.weight``, without computing one."""
+    return hasattr(type(module), "weight") or "weight" in {*module._parameters, *module._buffers}
+
+
+def _flag(module: nn.Module, name: str, value: Any) -> tuple[dict, str, Any, Any]:
+    return module.__dict__, name, value, module.__dict__.get(name, value)
 
 
 def _assign(stores: list[tuple[dict, str, Any, Any]]) -> None:
