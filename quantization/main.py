@@ -54,37 +54,33 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         ),
     )
     names = ", ".join(WHEEL_MODELS)
+    parser.add_argument(
+        "--model", help=f"{names}, a transformers folder, a GGUF file or a hub name"
+    )
+    _add_text_options(parser)
+    _add_run_options(parser)
+    return parser.parse_args(arguments)
+
+
+def _add_text_options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--model", help=f"{names}, a transformers folder, a GGUF file or a hub name")
-    add(
-        "--text",
-        type=Path,
-        default=char_model.HELD_OUT_TEXT,
-        help="text to measure on (default: 200 000 bytes, King James Bible)",
-    )
-    add(
-        "--tokens",
-        type=_positive,
-        help="most tokens of the text to read (default: all; embedded model: 25000)",
-    )
-    add(
-        "--quick",
-        action="store_true",
-        help=f"the same as --tokens {QUICK_TOKENS}, and a shorter continuation",
-    )
+    text = "text to measure on (default: 200 000 bytes of the King James Bible)"
+    add("--text", type=Path, default=char_model.HELD_OUT_TEXT, help=text)
+    limit = f"{DEFAULT_TOKENS['characters']} for the embedded model, else all"
+    add("--tokens", type=_positive, help=f"most tokens of the text to read (default: {limit})")
+    quick = f"the same as --tokens {QUICK_TOKENS}, and a shorter continuation"
+    add("--quick", action="store_true", help=quick)
     add("--prompt", help="start of the continuation that is printed before and after")
-    add("--length", type=_positive, default=None, help="tokens of the continuation")
-    add(
-        "--exclude",
-        action="append",
-        default=[],
-        metavar="PATTERN",
-        help="leave these layers float too: name, dotted name, glob or re:pattern (repeatable)",
-    )
+    add("--length", type=_positive, help="tokens of the continuation")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    exclude = "leave these layers float too: name, dotted name, glob or re:pattern (repeatable)"
+    add("--exclude", action="append", default=[], metavar="PATTERN", help=exclude)
     add("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the activations")
     add("--threads", type=_positive, help="threads to compute with (default: torch's)")
     add("--json", action="store_true", help="print one JSON object; the talk goes to stderr")
-    return parser.parse_args(arguments)
 
 
 def _positive(text: str) -> int:
@@ -298,6 +294,8 @@ def compare_quality(
     after, log.figures["after"] = measure(log, judge, loaded, settings)
     change = judge.change(before, after)
     log.at_most(change.name, change.value, change.bound)
+    if change.error is not None:
+        log.line(f"  standard error of that change over so many tokens: {change.error:.2g}")
     if "continuation" in figures:
         pairs = zip(figures["continuation"], log.figures["after"]["continuation"], strict=False)
         same = len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
@@ -327,7 +325,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the suite; the exit code.
 
     Example:
-        >>> main(["--model", "/no/such/model"])
+        >>> main(["--text", "/no/such/text"])
         2
     """
     settings = parse_arguments(arguments)

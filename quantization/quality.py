@@ -31,22 +31,32 @@ class Measured:
         figure: the measure, None where only a comparison means something.
         tokens: tokens (for the embedded model characters) that were read.
         seconds: wall time of the run.
+        losses: loss of each predicted token in nats, float32 [tokens], where there are any.
         vectors: sentence embeddings of unit length, [sentences, width], where there are any.
     """
 
     figure: float | None
     tokens: int
     seconds: float
+    losses: Tensor | None = field(default=None, repr=False)
     vectors: Tensor | None = field(default=None, repr=False)
 
 
 @dataclass
 class Change:
-    """How far two runs are apart: `value` must not exceed `bound`."""
+    """How far two runs are apart.
+
+    Attributes:
+        name: of the measure, with its unit.
+        value: must not exceed `bound`.
+        bound: what is allowed.
+        error: standard error of `value` over the tokens, where it is known.
+    """
 
     name: str
     value: float
     bound: float
+    error: float | None = None
 
 
 class CharacterJudge:
@@ -105,17 +115,21 @@ class CausalJudge:
     @torch.inference_mode()
     def measure(self, model: nn.Module, progress: Progress) -> Measured:
         """Exp of the mean loss over windows that do not overlap."""
-        started, loss = time.perf_counter(), 0.0
+        started, parts = time.perf_counter(), []
         for index, ids in enumerate(self.windows):
             logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1].float()
-            loss += functional.cross_entropy(logits, ids[1:], reduction="sum").item()
+            parts.append(functional.cross_entropy(logits, ids[1:], reduction="none"))
             progress(index + 1, len(self.windows))
-        figure = math.exp(loss / (self.read - len(self.windows)))
-        return Measured(figure, self.read, time.perf_counter() - started)
+        losses = torch.cat(parts)
+        figure = losses.double().mean().exp().item()
+        return Measured(figure, self.read, time.perf_counter() - started, losses)
 
     def change(self, before: Measured, after: Measured) -> Change:
-        """Relative change, in percent."""
-        return _growth(self.unit, before, after)
+        """Relative change, in percent, with the standard error of the paired losses."""
+        change = _growth(self.unit, before, after)
+        spread = (after.losses - before.losses).double().std().item()
+        change.error = 100 * spread / math.sqrt(len(before.losses))
+        return change
 
     @torch.inference_mode()
     def continue_prompt(self, model: Any, prompt: str, tokens: int) -> str:
@@ -160,7 +174,8 @@ class SentenceJudge:
             vectors.append(functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
             tokens += int(mask.sum())
             progress(start + len(part), len(self.sentences))
-        return Measured(None, tokens, time.perf_counter() - started, torch.cat(vectors))
+        seconds = time.perf_counter() - started
+        return Measured(None, tokens, seconds, vectors=torch.cat(vectors))
 
     def change(self, before: Measured, after: Measured) -> Change:
         """The drift itself; measured values for 8 bits a row are about 0.0004 (MiniLM)."""

@@ -151,6 +151,6 @@ def test_real_models_where_they_are_at_hand(name: str, capsys: pytest.CaptureFix
     pytest.importorskip("transformers")
     if not cached(name).is_dir() and not os.environ.get("QUANTIZATION_TEST_MODELS"):
         pytest.skip(f"{name} is not in the cache; QUANTIZATION_TEST_MODELS=1 downloads it")
-    assert suite.main(["--json", "--model", name, "--tokens", "2048", "--length", "8"]) == 0
+    assert suite.main(["--json", "--model", name, "--quick"]) == 0
     figures = json.loads(capsys.readouterr().out)
     assert figures["replaced"] == {"smollm2": 210, "minilm": 37}[name]
