@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -34,3 +35,28 @@ def restore_threads() -> Iterator[None]:
     """Whatever thread count the test sets, the default comes back."""
     yield
     _kernels.set_num_threads(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test that runs on one instruction set with its name, for the summary."""
+    for item in items:
+        callspec = getattr(item, "callspec", None)
+        if callspec and "isa" in callspec.params:
+            item.user_properties.append(("isa", str(callspec.params["isa"])))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many tests passed on each instruction set, and what the emulators ran."""
+    properties = [
+        pair
+        for report in terminalreporter.stats.get("passed", [])
+        for pair in report.user_properties
+    ]
+    passed = Counter(value for name, value in properties if name == "isa")
+    emulated = [value for name, value in properties if name == "emulated"]
+    if passed or emulated:
+        terminalreporter.section("instruction sets")
+    for isa, count in passed.items():
+        terminalreporter.write_line(f"isa {isa}: {count} tests passed")
+    for line in emulated:
+        terminalreporter.write_line(line)

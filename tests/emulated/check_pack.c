@@ -1,9 +1,13 @@
 #include "harness.h"
 
+enum { STREAM_CASES = 30 * SHORT_LENGTHS, COLUMN_CASES = 10 * SHORT_LENGTHS };
+
 static region codes, packed;
 static output result;
 
-/* A random layout for one row of `count` codes; *bytes that its containers take. */
+/* ---- rows in any layout ------------------------------------------------------ */
+
+/* A random layout for one row of `count` codes, and the bytes that its containers fill. */
 static qk_packing random_packing(size_t count, size_t *bytes)
 {
     qk_packing packing = {.rows = 1, .cols = count, .axis = 1};
@@ -11,17 +15,18 @@ static qk_packing random_packing(size_t count, size_t *bytes)
     packing.container_bytes = (size_t)1 << random_below(4);
     packing.straddle = (int)random_below(2);
     size_t width = 8 * packing.container_bytes, per_container = width / packing.bits;
-    size_t containers = packing.straddle ? (count * packing.bits + width - 1) / width
-                                         : (count + per_container - 1) / per_container;
-    *bytes = containers * packing.container_bytes;
+    size_t dense = (count * packing.bits + width - 1) / width;
+    size_t aligned = (count + per_container - 1) / per_container;
+    *bytes = (packing.straddle ? dense : aligned) * packing.container_bytes;
     return packing;
 }
 
-static void check_streams(void)
+static void check_pack_stream(void)
 {
-    int packs = begin_slot("pack_stream", 0, -1, (any_fn)tested->pack_stream,
-                           (any_fn)reference->pack_stream);
-    for (size_t i = 0; packs && i < 60 * AWKWARD_LENGTHS; i++) {
+    if (!begin_slot("pack_stream", 0, -1, (any_fn)tested->pack_stream,
+                    (any_fn)reference->pack_stream))
+        return;
+    for (size_t i = 0; i < STREAM_CASES; i++) {
         size_t count = awkward_length(i % AWKWARD_LENGTHS), bytes;
         qk_packing packing = random_packing(count, &bytes);
         begin_case("count %zu bits %zu container %zu straddle %d", count, packing.bits,
@@ -32,9 +37,14 @@ static void check_streams(void)
         tested->pack_stream(result.actual.data, codes.data, count, &packing);
         expect_equal(&result, QK_UINT8);
     }
-    int unpacks = begin_slot("unpack_stream", 0, -1, (any_fn)tested->unpack_stream,
-                             (any_fn)reference->unpack_stream);
-    for (size_t i = 0; unpacks && i < 60 * AWKWARD_LENGTHS; i++) {
+}
+
+static void check_unpack_stream(void)
+{
+    if (!begin_slot("unpack_stream", 0, -1, (any_fn)tested->unpack_stream,
+                    (any_fn)reference->unpack_stream))
+        return;
+    for (size_t i = 0; i < STREAM_CASES; i++) {
         size_t count = awkward_length(i % AWKWARD_LENGTHS), bytes;
         qk_packing packing = random_packing(count, &bytes);
         int is_signed = (int)random_below(2);
@@ -48,85 +58,92 @@ static void check_streams(void)
     }
 }
 
-static size_t matrix_items(size_t rows, size_t cols, size_t stride)
-{
-    return rows ? (rows - 1) * stride + cols : 0;
-}
+/* ---- streams down the columns -------------------------------------------------- */
 
-static void check_columns(int log2_bytes)
+static void check_pack_columns(size_t container)
 {
-    size_t bytes = (size_t)1 << log2_bytes, width = 8 * bytes;
-    int packs = begin_slot("pack_columns", log2_bytes, -1, (any_fn)tested->pack_columns[log2_bytes],
-                           (any_fn)reference->pack_columns[log2_bytes]);
-    for (size_t i = 0; packs && i < 10 * SHORT_LENGTHS; i++) {
-        size_t cols = 1 + i / 10, gap = random_below(3), bits = 1 + random_below(8);
-        size_t skip = random_below(bits), rows = 1 + random_below((width + skip + bits - 1) / bits);
-        begin_case("rows %zu cols %zu gap %zu bits %zu skip %zu", rows, cols, gap, bits, skip);
-        place_random(&codes, matrix_items(rows, cols, cols + gap));
-        place_output(&result, cols * bytes, 0x5A);
-        reference->pack_columns[log2_bytes](result.expected.data, codes.data, cols + gap, rows,
-                                            cols, bits, skip);
-        tested->pack_columns[log2_bytes](result.actual.data, codes.data, cols + gap, rows, cols,
-                                         bits, skip);
+    if (!begin_slot("pack_columns", (int)container, -1, (any_fn)tested->pack_columns[container],
+                    (any_fn)reference->pack_columns[container]))
+        return;
+    size_t width = (size_t)8 << container;
+    for (size_t i = 0; i < COLUMN_CASES; i++) {
+        size_t cols = awkward_length(i % AWKWARD_LENGTHS), stride = cols + random_below(3);
+        size_t bits = 1 + random_below(8), skip = random_below(2) ? random_below(bits) : 0;
+        size_t rows = 1 + random_below((width + skip + bits - 1) / bits);
+        begin_case("rows %zu cols %zu stride %zu bits %zu skip %zu", rows, cols, stride, bits,
+                   skip);
+        place_random(&codes, (rows - 1) * stride + cols);
+        place_output(&result, cols * (width / 8), 0x5A);
+        reference->pack_columns[container](result.expected.data, codes.data, stride, rows, cols,
+                                           bits, skip);
+        tested->pack_columns[container](result.actual.data, codes.data, stride, rows, cols, bits,
+                                        skip);
         expect_equal(&result, QK_UINT8);
     }
-    int unpacks =
-        begin_slot("unpack_columns", log2_bytes, -1, (any_fn)tested->unpack_columns[log2_bytes],
-                   (any_fn)reference->unpack_columns[log2_bytes]);
-    for (size_t i = 0; unpacks && i < 20 * SHORT_LENGTHS; i++) {
-        size_t cols = 1 + i / 20, gap = random_below(3), bits = 1 + random_below(8);
-        size_t shift = random_below(width), rows = shift + bits > width ? 2 : 1;
-        int is_signed = i & 1;
-        begin_case("cols %zu gap %zu bits %zu shift %zu signed %d", cols, gap, bits, shift,
+}
+
+static void check_unpack_columns(size_t container)
+{
+    if (!begin_slot("unpack_columns", (int)container, -1, (any_fn)tested->unpack_columns[container],
+                    (any_fn)reference->unpack_columns[container]))
+        return;
+    size_t width = (size_t)8 << container;
+    for (size_t i = 0; i < COLUMN_CASES; i++) {
+        size_t cols = awkward_length(i % AWKWARD_LENGTHS), stride = cols + random_below(3);
+        size_t bits = 1 + random_below(8), shift = random_below(width);
+        int is_signed = (int)random_below(2);
+        size_t containers = shift + bits > width ? stride + cols : cols;
+        begin_case("cols %zu stride %zu bits %zu shift %zu signed %d", cols, stride, bits, shift,
                    is_signed);
-        place_random(&packed, matrix_items(rows, cols, cols + gap) * bytes);
+        place_random(&packed, containers * (width / 8));
         place_output(&result, cols, 0x5A);
-        reference->unpack_columns[log2_bytes](result.expected.data, packed.data, cols + gap, cols,
-                                              bits, shift, is_signed);
-        tested->unpack_columns[log2_bytes](result.actual.data, packed.data, cols + gap, cols, bits,
-                                           shift, is_signed);
+        reference->unpack_columns[container](result.expected.data, packed.data, stride, cols, bits,
+                                             shift, is_signed);
+        tested->unpack_columns[container](result.actual.data, packed.data, stride, cols, bits,
+                                          shift, is_signed);
         expect_equal(&result, QK_UINT8);
     }
 }
 
-/* Bytes that are random below `limit`. */
-static void place_below(region *where, size_t bytes, size_t limit)
-{
-    place(where, bytes);
-    for (size_t i = 0; i < bytes; i++)
-        where->data[i] = (unsigned char)random_below(limit);
-}
+/* ---- base 3 ---------------------------------------------------------------------- */
 
 static void check_ternary(void)
 {
-    int packs = begin_slot("pack_ternary", 0, -1, (any_fn)tested->pack_ternary,
-                           (any_fn)reference->pack_ternary);
-    for (size_t i = 0; packs && i < 4 * AWKWARD_LENGTHS; i++) {
-        size_t count = awkward_length(i / 4);
-        begin_case("count %zu", count);
-        place_below(&codes, count, 3);
-        place_output(&result, (count + 4) / 5, 0x5A);
-        reference->pack_ternary(result.expected.data, codes.data, count);
-        tested->pack_ternary(result.actual.data, codes.data, count);
-        expect_equal(&result, QK_UINT8);
-    }
-    int unpacks = begin_slot("unpack_ternary", 0, -1, (any_fn)tested->unpack_ternary,
-                             (any_fn)reference->unpack_ternary);
-    for (size_t i = 0; unpacks && i < 4 * AWKWARD_LENGTHS; i++) {
-        size_t count = awkward_length(i / 4);
-        begin_case("count %zu", count);
-        place_below(&packed, (count + 4) / 5, 243);
-        place_output(&result, count, 0x5A);
-        reference->unpack_ternary(result.expected.data, packed.data, count);
-        tested->unpack_ternary(result.actual.data, packed.data, count);
-        expect_equal(&result, QK_UINT8);
-    }
+    if (begin_slot("pack_ternary", 0, -1, (any_fn)tested->pack_ternary,
+                   (any_fn)reference->pack_ternary))
+        for (size_t i = 0; i < 4 * AWKWARD_LENGTHS; i++) {
+            size_t count = awkward_length(i / 4);
+            begin_case("count %zu", count);
+            place_random(&codes, count);
+            for (size_t c = 0; c < count; c++)
+                codes.data[c] %= 3;
+            place_output(&result, (count + 4) / 5, 0x5A);
+            reference->pack_ternary(result.expected.data, codes.data, count);
+            tested->pack_ternary(result.actual.data, codes.data, count);
+            expect_equal(&result, QK_UINT8);
+        }
+    if (begin_slot("unpack_ternary", 0, -1, (any_fn)tested->unpack_ternary,
+                   (any_fn)reference->unpack_ternary))
+        for (size_t i = 0; i < 4 * AWKWARD_LENGTHS; i++) {
+            size_t count = awkward_length(i / 4);
+            begin_case("count %zu", count);
+            place_random(&packed, (count + 4) / 5);
+            for (size_t b = 0; b < packed.bytes; b++)
+                packed.data[b] %= 243;
+            place_output(&result, count, 0x5A);
+            reference->unpack_ternary(result.expected.data, packed.data, count);
+            tested->unpack_ternary(result.actual.data, packed.data, count);
+            expect_equal(&result, QK_UINT8);
+        }
 }
 
 void check_pack(void)
 {
-    check_streams();
-    for (int log2_bytes = 0; log2_bytes < QK_CONTAINERS; log2_bytes++)
-        check_columns(log2_bytes);
+    check_pack_stream();
+    check_unpack_stream();
+    for (size_t container = 0; container < QK_CONTAINERS; container++) {
+        check_pack_columns(container);
+        check_unpack_columns(container);
+    }
     check_ternary();
 }

@@ -77,6 +77,9 @@ void expect_guards(const region *where);
 const char *dtype_name(qk_dtype dtype);
 double finite_max(qk_dtype dtype); /* of a float type */
 
+/* Put a kernel with the named flaw (value, overrun, overread) into a table; 0: no such flaw. */
+int apply_flaw(qk_kernels *table, const char *name);
+
 void check_quantize(void); /* range, magnitude, encode, decode */
 void check_pack(void);     /* pack_*, unpack_* */
 void check_linear(void);   /* linear, linear_backward */

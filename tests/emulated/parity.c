@@ -1,7 +1,8 @@
-/* parity [--no-guard-pages] [ISA...]
+/* parity [--no-guard-pages] [--flaw=NAME] [ISA...]
  *
  * Checks every instruction set this CPU has; one line each. Fails on any mismatch, when a named
- * ISA did not run, and when the first named one is not what dispatch chose. */
+ * ISA did not run, and when the first named one is not what dispatch chose. A flaw replaces a
+ * kernel of the reference by a bad one, and all must fail. */
 #include <stdio.h>
 #include <string.h>
 
@@ -53,11 +54,32 @@ static int check_expected(int names, char **name)
     return missing;
 }
 
+static int check_flaw(const char *name)
+{
+    static qk_kernels flawed;
+    qk_set_isa("reference");
+    reference = qk_active_kernels();
+    flawed = *reference;
+    tested = &flawed;
+    if (!apply_flaw(&flawed, name))
+        fail("no flaw is called %s", name);
+    check_pack();
+    return report(name);
+}
+
 int main(int argc, char **argv)
 {
-    int first = argc > 1 && strcmp(argv[1], "--no-guard-pages") == 0 ? 2 : 1;
-    use_guard_pages(first == 1);
+    const char *flaw = NULL;
+    int first = 1;
+    for (; first < argc && strncmp(argv[first], "--", 2) == 0; first++) {
+        if (strncmp(argv[first], "--flaw=", 7) == 0)
+            flaw = argv[first] + 7;
+        else
+            use_guard_pages(0);
+    }
     show_faults();
+    if (flaw)
+        return check_flaw(flaw);
     int failed = check_expected(argc - first, argv + first);
     for (size_t index = 0; qk_isa_name(index); index++)
         failed |= check_isa(qk_isa_name(index));

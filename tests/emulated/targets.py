@@ -118,8 +118,14 @@ def _compile_with_simde(target: Target, folder: Path) -> Path:
 
 
 def build(target: Target, folder: Path) -> Path:
-    """Compile the harness and the kernels into one program in `folder`; its path."""
-    program = folder / target.name
+    """The harness and the kernels as one program in `folder`, compiled unless it is there.
+
+    Targets of one machine and the same flags share a program.
+    """
+    kind = "simde" if target.simde else "plain"
+    program = folder / "-".join([target.machine, kind, *target.flags]).replace(",", "-")
+    if program.exists():
+        return program
     skipped = ("binding", "torch_ops") + (("avx512",) if target.simde else ())
     sources = [
         str(path)
@@ -158,17 +164,19 @@ def main(names: list[str]) -> int:
         print(f"unknown {sorted(unknown)}; known: {[target.name for target in TARGETS]}")
         return 2
     failed = 0
-    for target in TARGETS:
-        if names and target.name not in names:
-            continue
-        reason = missing(target)
-        if reason:
-            print(f"{target.name}: skipped, {reason}")
-            continue
-        with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
+        for target in TARGETS:
+            if names and target.name not in names:
+                continue
+            reason = missing(target)
+            if reason:
+                print(f"{target.name}: skipped, {reason}")
+                continue
             result = run(target, Path(folder))
-        print(f"{target.name}: {'FAILED' if result.returncode else 'ok'}\n{result.text}", end="")
-        failed |= result.returncode != 0
+            print(
+                f"{target.name}: {'FAILED' if result.returncode else 'ok'}\n{result.text}", end=""
+            )
+            failed |= result.returncode != 0
     return int(failed)
 
 

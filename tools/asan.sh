@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# tools/asan.sh [python]: the kernel tests and the harness under gcc's address and undefined
+# behaviour sanitizers. The sanitized package is built aside, in build/asan.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=${1:-python}
+cc=${CC:-gcc}
+
+export QUANTIZATION_CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+-fno-sanitize-recover=undefined"
+"$python" setup.py -q build --build-base build/asan --build-lib build/asan/lib
+
+# The interpreter is not sanitized, so the runtime comes first by LD_PRELOAD; CPython keeps memory
+# at exit, so leaks are not asked for; -P keeps this folder's own package off the path.
+run() {
+    env LD_PRELOAD="$("$cc" -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
+        ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+        PYTHONPATH="$PWD/build/asan/lib" "$python" -P "$@"
+}
+run -c '
+import quantization._kernels as kernels
+assert "build/asan" in kernels.__file__, f"the sanitized build was not found: {kernels.__file__}"
+'
+run -m pytest -q -p no:cacheprovider tests/kernels
+"$python" tests/emulated/targets.py native-sanitized
