@@ -88,7 +88,7 @@ def match_patterns(sites: list[Site], patterns: Pattern | Iterable[Pattern]) -> 
             matches its instances; a callable is asked with (dotted name, module).
 
     Raises:
-        TypeError: for a pattern of another kind.
+        TypeError: for a pattern of another kind (None included: no patterns are ``()``).
         ValueError: for a pattern that matches no module of the model, with the nearest names.
 
     Example:
@@ -96,7 +96,7 @@ def match_patterns(sites: list[Site], patterns: Pattern | Iterable[Pattern]) -> 
         >>> sorted(match_patterns(list(walk(model)), "1").values())
         ["'1'", "'1'"]
     """
-    if isinstance(patterns, str) or callable(patterns):
+    if isinstance(patterns, str) or callable(patterns) or not isinstance(patterns, Iterable):
         patterns = [patterns]
     own: dict[int, str] = {}
     for pattern in patterns:

@@ -6,7 +6,10 @@ import copy
 import doctest
 import io
 import math
+import os
 import pickle
+import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -615,3 +618,36 @@ def test_a_checkpoint_that_does_not_fit(
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(full, strict=strict, assign=assign)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+
+
+# ---- processes, threads and determinism ------------------------------------------------------
+
+
+def test_a_row_has_the_same_bits_in_any_batch() -> None:
+    layer = QWQALinearLayer(200, 150)
+    x = torch.randn(9, 200)
+    y = layer(x)
+    assert all(torch.equal(layer(x[i : i + 1])[0], y[i]) for i in range(9))
+
+
+def test_threads_of_python_may_share_a_layer() -> None:
+    layer = QWQALinearLayer(200, 150)
+    x = torch.randn(8, 200)
+    wanted = layer(x)
+    with ThreadPoolExecutor(6) as pool:
+        results = list(pool.map(lambda _: layer(x), range(120)))
+    assert all(torch.equal(result, wanted) for result in results)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_forked_child_can_run_the_layer() -> None:
+    """torch's own parallel operators hang there; the child compares by NumPy for that reason."""
+    layer = QWQALinearLayer(512, 512)
+    x = torch.randn(64, 512).bfloat16()
+    wanted = layer(x).view(torch.int16).numpy().copy()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(30)
+        os._exit(0 if (layer(x).view(torch.int16).numpy() == wanted).all() else 1)
+    assert os.waitpid(child, 0)[1] == 0

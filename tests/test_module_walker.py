@@ -170,6 +170,9 @@ def test_patterns_of_a_wrong_kind(model: nn.Module) -> None:
     for pattern in (3, None, int, nn.Linear(2, 2), ["head"]):
         with pytest.raises(TypeError, match="a pattern is a child name, a dotted name, a glob"):
             matched(model, pattern)
+    for pattern in (None, 3):
+        with pytest.raises(TypeError, match=f"cannot exclude by {pattern}"):
+            match_patterns(list(walk(model)), pattern)
     with pytest.raises(ValueError, match="no regular expression"):
         matched(model, "re:(")
     with pytest.raises(ValueError, match="the model has no children"):
@@ -200,6 +203,15 @@ def with_extra(kind: str) -> nn.Linear:
 def with_weight(value: Any) -> nn.Linear:
     linear = nn.Linear(2, 2)
     linear.weight = nn.Parameter(value, requires_grad=False)
+    return linear
+
+
+def with_attributes(**values: Any) -> nn.Linear:
+    linear = nn.Linear(2, 2)
+    for name, value in values.items():
+        if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter):
+            delattr(linear, name)
+        setattr(linear, name, value)
     return linear
 
 
@@ -256,6 +268,15 @@ REASONS: dict[str, tuple[Callable[[], Any], str]] = {
     "state hook": (lambda: with_extra("state hook"), "hooks on its state dict"),
     "wrong shape": (lambda: with_weight(torch.zeros(2, 2, 1)), r"shape \(2, 2, 1\)"),
     "wrong outputs": (lambda: with_weight(torch.zeros(3, 2)), "but it has 2 outputs"),
+    "no weight": (lambda: with_attributes(weight=None), "it has no weight"),
+    "plain tensor": (
+        lambda: with_attributes(weight=torch.zeros(2, 2)),
+        "weight is not a Parameter",
+    ),
+    "wrong bias": (
+        lambda: with_attributes(bias=nn.Parameter(torch.zeros(3))),
+        r"bias has shape \(3,\), expected \(2,\)",
+    ),
     "not linear": (lambda: nn.Conv1d(1, 1, 1), "Conv1d is not nn.Linear"),
 }
 

@@ -539,6 +539,32 @@ def test_a_class_of_the_users_own_on_meta() -> None:
     assert model[0].int8_weights.is_meta and model[0].bias.is_meta
 
 
+def test_hooks_of_the_new_layer_come_before_those_carried_over() -> None:
+    calls: list[str] = []
+
+    class Hooked(Course):
+        def __init__(self, in_features, out_features, bias=True, dtype=torch.float32):
+            super().__init__(in_features, out_features, bias, dtype)
+            self.register_forward_hook(lambda *args: calls.append("new"))
+
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda *args: calls.append("old"))
+    replace_linear_layers_with_w8a16(model, Hooked)
+    model(torch.randn(1, 4))
+    assert calls == ["new", "old"]
+
+
+def test_layers_of_one_weight_that_do_not_quantize_alike_share_nothing() -> None:
+    class Random(Course):
+        def quantize(self, weights):
+            self.int8_weights = torch.randint_like(self.int8_weights, -127, 127)
+
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[1].weight = model[0].weight
+    replace_linear_layers_with_w8a16(model, Random)
+    assert model[0].int8_weights is not model[1].int8_weights
+
+
 # ---- structure only --------------------------------------------------------------------------
 
 
@@ -588,6 +614,28 @@ def test_figures_of_the_report() -> None:
     assert report.coverage == pytest.approx(1024 / (1024 + 32 + 64 + 4))
     assert [t.name for t in report.float_tensors] == ["head.weight", "block.up.bias", "head.bias"]
     assert report["block.up"].shape == (32, 16) and report["block.up"].kind == "Linear"
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (999_949, "999.9 kB"), (999_950, "1.0 MB"), (2.5e9, "2.5 GB"), (3e12, "3.0 TB")],
+)
+def test_bytes_for_reading(nbytes: int, text: str) -> None:
+    assert report.size(int(nbytes)) == text
+
+
+def test_further_names_of_a_layer_are_told() -> None:
+    shared = nn.Linear(4, 4)
+    text = repr(replace_linear_layers_with_w8a16(nn.Sequential(shared, shared), TARGET))
+    assert "0 (also 1) " in text
+    text = repr(replace_linear_layers_with_w8a16(nn.Sequential(*[nn.Linear(4, 4)] * 9), TARGET))
+    assert "0 (also 1, 2, ...) " in text
+
+
+def test_replaced_layers_take_about_a_quarter() -> None:
+    model = nn.Sequential(nn.Linear(576, 1536, bias=False), nn.Linear(1536, 576, bias=False))
+    report = replace_linear_layers_with_w8a16(model, TARGET)
+    assert 0.25 < report.bytes_after / report.bytes_before < 0.27
 
 
 def test_the_report_is_a_sequence() -> None:
