@@ -163,11 +163,11 @@ def filled(shape: tuple[int, ...], value: int, dtype: str, like: Tensor) -> Tens
     return np.full(shape, value, _numpy_dtype(dtype))
 
 
-def cast(tensor: Tensor, dtype: DType) -> Tensor:
+def cast(tensor: Tensor, dtype: str) -> Tensor:
     """The same numbers as type ``dtype``, rounded to nearest even."""
     if is_torch(tensor):
-        return tensor.to(getattr(sys.modules["torch"], dtype.storage))
-    return tensor.astype(_numpy_dtype(dtype.storage), copy=False)
+        return tensor.to(getattr(sys.modules["torch"], dtype))
+    return tensor.astype(_numpy_dtype(dtype), copy=False)
 
 
 def _numpy_dtype(name: str) -> Any:
@@ -222,7 +222,7 @@ def encode(
     """Codes of ``source`` under given scales and zero points, which hold one number a block."""
     array = to_array(source)
     codes = _empty(array.shape, rule.target)
-    scale = to_array(scale, "scale").astype(_compute_type(dtype), copy=False)
+    scale = to_array(cast(scale, _compute_type(dtype)), "scale")
     zero = None if zero is None else to_array(zero, "zero_point").astype("int32", copy=False)
     _kernels.encode(codes, array, scale, zero, *grid, *rule.arguments(dtype))
     return as_tensor_like(codes, rule.target, source)
@@ -234,10 +234,7 @@ def decode(
     """``(codes - zero) * scale`` as type ``out``, in the shape of ``codes``."""
     array = to_array(codes, "codes")
     result = _empty(array.shape, out)
-    scale = to_array(scale, "scale")
-    if scale.dtype.name == "int16":  # bfloat16 scales travel as bits
-        scale = (scale.view("uint16").astype("uint32") << 16).view("float32")
-    scale = scale.astype(_compute_type(out), copy=False)
+    scale = to_array(cast(scale, _compute_type(out)), "scale")
     zero = None if zero is None else to_array(zero, "zero_point").astype("int32", copy=False)
     _kernels.decode(
         result, array, scale, zero, *grid, _kernel_number(out), _kernel_number(code.storage)

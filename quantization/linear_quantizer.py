@@ -141,7 +141,8 @@ def dequantize_linear(q: Tensor, params: QuantizationParameters) -> Tensor:
 
     Returns:
         A tensor of the kind, device and shape of ``q`` and of type ``params.dtype`` (None: that of
-        ``params.scale``). The arithmetic is float32, float64 where that type is float64.
+        ``params.scale``). The arithmetic is float32, float64 where that type is float64. A product
+        beyond the largest number of that type becomes that number, not infinity.
 
     Raises:
         TypeError: if ``q`` has a type that no codes have, or ``params`` holds no parameters.
@@ -171,7 +172,8 @@ def dequantize_linear(q: Tensor, params: QuantizationParameters) -> Tensor:
         if zero is not None and np.any(_native.to_array(zero, "zero_point")):
             raise ValueError("params are symmetric, but zero_point is not 0: use Mode.Asymmetric")
         zero = None
-    return _native.decode(q, params.scale, zero, code, out, params.granularity.grid(shape))
+    numbers = _native.decode(q, params.scale, zero, code, out, params.granularity.grid(shape))
+    return numbers.clip(-out.max, out.max) if _may_overflow(params.scale, code, out) else numbers
 
 
 def get_scale_and_zero_for(
@@ -328,6 +330,13 @@ def _has_numbers(tensor: Tensor) -> bool:
     return not _native.is_meta(tensor) and 0 not in tensor.shape
 
 
+def _may_overflow(scale: Tensor, code: DType, out: DType) -> bool:
+    """Whether the code farthest from zero, half a step beyond the tensor, may leave ``out``."""
+    reach = code.max if code.is_floating_point else code.max - code.min
+    scale = _native.to_array(_native.cast(scale, "float64"))
+    return bool(np.any(scale >= out.max / reach))
+
+
 def _parameters(
     tensor: Tensor,
     scale: Tensor | None,
@@ -340,13 +349,9 @@ def _parameters(
     shape = granularity.scale_shape(tuple(tensor.shape))
     if scale is None:
         scale = _native.filled(shape, 1, rule.scale.storage, tensor)
-    elif np.any(np.isinf(_native.to_array(scale))):
-        raise ValueError(
-            f"scale_dtype={rule.scale} cannot hold scales this large: use bfloat16 or float32"
-        )
     if zero is None:
         zero = _native.filled(shape, 0, "int32", tensor)
-    scale = _native.cast(scale, rule.scale).reshape(shape)
+    scale = _native.cast(scale, rule.scale.name).reshape(shape)
     dtype = tensor.dtype
     if isinstance(dtype, np.dtype) and not dtype.isnative:
         dtype = dtype.newbyteorder("=")

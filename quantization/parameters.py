@@ -152,7 +152,10 @@ def _brief(tensor: Any) -> str:
     head = f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
     if _native.is_meta(tensor):
         return f"{head} meta"
-    if 0 in tensor.shape:
-        return head
-    low, high = float(tensor.min()), float(tensor.max())
-    return f"{head} {low:g}" if low == high else f"{head} {low:g}..{high:g}"
+    numbers = _native.to_array(_native.cast(tensor, "float64"))
+    marked = np.isnan(numbers)
+    tail = f" ({marked.sum()} NaN)" if marked.any() else ""
+    if marked.all():  # also where there are none
+        return head + tail
+    low, high = numbers[~marked].min(), numbers[~marked].max()
+    return f"{head} {low:g}{tail}" if low == high else f"{head} {low:g}..{high:g}{tail}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -10,6 +11,15 @@ import numpy as np
 import pytest
 
 from quantization import _kernels
+
+try:
+    import hypothesis
+except ImportError:
+    pass
+else:  # the same examples on every run where a red test must mean a red change
+    hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None)
+    if os.environ.get("CI"):
+        hypothesis.settings.load_profile("ci")
 
 
 @pytest.fixture(params=_kernels.isas())
