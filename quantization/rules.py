@@ -39,11 +39,13 @@ def code_type(q: Any) -> DType:
 
 
 def check_tensor(value: Any, what: str) -> None:
-    """Raise TypeError unless ``value`` is a torch tensor or an ndarray."""
+    """Raise TypeError unless ``value`` is a torch tensor with one shape or an ndarray."""
     if not _native.is_tensor(value):
         raise TypeError(
             f"{what} must be a torch.Tensor or numpy.ndarray, not {type(value).__name__}"
         )
+    if _native.is_torch(value) and value.is_nested:
+        raise TypeError(f"{what} is a nested tensor: pass its parts, from unbind(), one by one")
 
 
 def rule_for(

@@ -203,10 +203,13 @@ def test_codes_choose_the_kind_that_comes_back() -> None:
     assert isinstance(restored, torch.Tensor) and np.array_equal(restored.numpy(), expected)
 
 
-def test_sparse_tensors_are_refused() -> None:
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_sparse_and_nested_tensors_are_refused() -> None:
     torch = pytest.importorskip("torch")
     with pytest.raises(ValueError, match=r"layout torch.sparse_coo; only dense"):
         quantize_linear(torch.eye(3).to_sparse(), "int8", Granularity.PerTensor)
+    with pytest.raises(TypeError, match=r"tensor is a nested tensor: pass its parts, from unbind"):
+        quantize_linear(torch.nested.nested_tensor([torch.ones(3)]), "int8", Granularity.PerTensor)
 
 
 # ---- ranges and types ----------------------------------------------------------------------------
