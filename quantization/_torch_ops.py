@@ -60,7 +60,16 @@ def _check(
     bias: torch.Tensor | None,
     side: int,
 ) -> None:
-    """Shapes and dtypes, as torch_ops.c checks them; works on fake tensors."""
+    """Shapes and dtypes, as torch_ops.c checks them; works on fake tensors.
+
+    One meta tensor is enough to bring torch here, to a result without numbers: that must be meta.
+    """
+    for tensor in (weights, scales, bias):
+        torch._check(
+            tensor is None or tensor.is_meta == rows.is_meta,
+            lambda: "some tensors are on the meta device, without numbers, and some are not: load "
+            "or move them first",
+        )
     torch._check(weights.dtype == torch.int8, lambda: f"weights must be int8, not {weights.dtype}")
     torch._check(
         weights.dim() == 2 and rows.dim() >= 1 and rows.shape[-1] == weights.shape[side],

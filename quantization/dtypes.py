@@ -98,10 +98,13 @@ def name_of(dtype: Any) -> str:
     if isinstance(dtype, str) and dtype in _ALL:
         return dtype
     try:
-        return np.dtype(dtype or "").name  # None, which NumPy takes for float64, names no type
-    except TypeError:
+        if dtype is None or isinstance(dtype, list | dict):  # NumPy: float64, and records
+            raise TypeError
+        return np.dtype(dtype).name
+    except (TypeError, ValueError, SyntaxError):  # NumPy raises any of these
         raise TypeError(
-            f"{dtype!r} is not a dtype; give a torch dtype, a NumPy dtype or a name such as 'int8'"
+            f"{dtype!r:.60} is not a dtype; give a torch dtype, a NumPy dtype or a name such as "
+            "'int8'"
         ) from None
 
 

@@ -80,6 +80,19 @@ def test_what_names_no_type(wrong: object) -> None:
         name_of(wrong)
 
 
+@pytest.mark.parametrize("wrong", [np.zeros(3), np.zeros(0), "i4,,", {"a": 1}])
+def test_what_numpy_trips_over_names_no_type_either(wrong: object) -> None:
+    with pytest.raises(TypeError, match=r"is not a dtype; give a torch dtype"):
+        name_of(wrong)
+
+
+def test_a_tensor_names_no_type_and_is_not_printed_in_full() -> None:
+    torch = pytest.importorskip("torch")
+    with pytest.raises(TypeError, match=r"is not a dtype") as caught:
+        name_of(torch.zeros(100, 100))
+    assert len(str(caught.value)) < 160
+
+
 def test_refusals_list_what_is_allowed() -> None:
     with pytest.raises(TypeError, match=r"cannot quantize to int64; allowed are int1, int2, int3"):
         target_of(np.int64)

@@ -337,6 +337,15 @@ def test_meta_and_fake_tensors_have_shapes() -> None:
         Layer().to("meta")(torch.empty(2, IN + 1, device="meta"))
 
 
+@pytest.mark.parametrize("name", ["x", "weights", "scales", "bias"])
+def test_meta_tensors_do_not_mix_with_others(name: str) -> None:
+    """Else the result would be memory that nobody has written."""
+    arguments = {"x": rows(3), "weights": WEIGHTS, "scales": SCALES, "bias": BIAS}
+    arguments[name] = arguments[name].to("meta")
+    with pytest.raises(RuntimeError, match="some tensors are on the meta device"):
+        linear(**arguments)
+
+
 def test_autocast_gives_what_nn_linear_gives() -> None:
     plain = torch.nn.Linear(IN, OUT)
     for dtype in (torch.bfloat16, torch.float16):
