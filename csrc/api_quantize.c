@@ -259,7 +259,7 @@ static qk_status judge(const quantize_job *job, size_t items, size_t *where)
         size_t i = 0;
         for (; i < items; i++) {
             double x = qk_load_source(job->source, i, job->spec->source);
-            if (saw & QK_SAW_NON_FINITE ? !isfinite(x) : x < 0)
+            if (saw & QK_SAW_NON_FINITE ? !isfinite(x) : x < 0 && isfinite(x))
                 break;
         }
         if (where)

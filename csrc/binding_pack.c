@@ -11,8 +11,10 @@ static PyObject *bind_packing(pack_call *call, int packs)
 {
     const qk_packing *p = &call->packing;
     if (p->bits < 1 || p->bits > 8 || p->container_bytes < 1 || p->container_bytes > 8 ||
-        (p->container_bytes & (p->container_bytes - 1)) || (p->axis != 0 && p->axis != 1))
+        (p->container_bytes & (p->container_bytes - 1)))
         return qk_raise_status(QK_BAD_BITS, 0);
+    if (p->axis != 0 && p->axis != 1)
+        return qk_raise_status(QK_BAD_SHAPE, 0);
     size_t rows = p->axis == 0 ? qk_packed_length(p->rows, p) : p->rows;
     size_t cols = p->axis == 1 ? qk_packed_length(p->cols, p) : p->cols;
     size_t code_items, packed_items;

@@ -109,11 +109,11 @@ static int32_t zero_point(double low, double scale, const qk_spec *spec)
 static int scale_one(double *scale, int32_t *zero, double low, double high, double mean,
                      const qk_spec *spec)
 {
-    int saw = spec->mode == QK_SYMMETRIC && spec->code_min == 0 && low < 0 ? QK_SAW_NEGATIVE : 0;
     *scale = NAN;
     *zero = 0;
     if (!isfinite(low) || !isfinite(high))
-        return saw | QK_SAW_NON_FINITE;
+        return QK_SAW_NON_FINITE;
+    int saw = spec->mode == QK_SYMMETRIC && spec->code_min == 0 && low < 0 ? QK_SAW_NEGATIVE : 0;
     low = low < 0 ? low : 0;
     high = high > 0 ? high : 0;
     double absmax = -low > high ? -low : high;

@@ -67,8 +67,10 @@ def _check(
     for tensor in (weights, scales, bias):
         torch._check(
             tensor is None or tensor.is_meta == rows.is_meta,
-            lambda: "some tensors are on the meta device, without numbers, and some are not: load "
-            "or move them first",
+            lambda: (
+                "some tensors are on the meta device, without numbers, and some are not: load "
+                "or move them first"
+            ),
         )
     torch._check(weights.dtype == torch.int8, lambda: f"weights must be int8, not {weights.dtype}")
     torch._check(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ CONTAINERS = tuple(f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 
 INTEGERS = ("bool", *CONTAINERS)
 TERNARY_BITS = 2  # pack_bits of base3: what one ternary code takes in the other layouts
 TERNARY_CODES = 5  # of them in a byte
+LARGEST_FIVE = 3**TERNARY_CODES - 1
 
 
 @dataclass(frozen=True)
@@ -41,12 +43,15 @@ class Packing:
     is_signed: bool
 
     def __post_init__(self) -> None:
-        checked_layout(self.bits, self.layout, self.container, "container")
+        bits, container = checked_layout(self.bits, self.layout, self.container, "container")
+        if not isinstance(self.shape, Iterable):
+            raise TypeError(f"shape must be (rows, cols), not {self.shape!r}")
         shape = tuple(index_of(length, "a length of shape") for length in self.shape)
         if len(shape) != 2 or min(shape) < 0:
             raise ValueError(f"shape must be (rows, cols), not {shape}")
-        object.__setattr__(self, "shape", shape)
-        object.__setattr__(self, "dim", checked_dim(self.dim))
+        plain = {"bits": bits, "container": container, "dim": checked_dim(self.dim), "shape": shape}
+        for name, value in (plain | {"is_signed": bool(self.is_signed)}).items():
+            object.__setattr__(self, name, value)
 
     @property
     def packed_shape(self) -> tuple[int, int]:
@@ -105,7 +110,9 @@ def get_dtype_size_in_bits(dtype: Any) -> int:
     name = dtype if isinstance(dtype, str) else name_of(dtype)
     if name == "bool":
         return 8
-    match = re.fullmatch(r"(?:bfloat|float|complex|u?int|quint|qint)(\d+)(?:[_x]\w*)?", name)
+    match = re.fullmatch(
+        r"(?:bfloat|float|complex|u?int|quint|qint)([1-9]\d{,2})(?:[_x]\w*)?", name
+    )
     if match is None:
         raise TypeError(f"{name} is not a number type; give one such as uint8 or float32")
     return int(match[1])

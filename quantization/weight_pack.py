@@ -31,6 +31,7 @@ from quantization._native import Tensor
 from quantization.dtypes import name_of
 from quantization.packing import (
     CONTAINERS,
+    LARGEST_FIVE,
     Packing,
     bit_shifts,
     bits_for,
@@ -215,12 +216,23 @@ def _unpack(containers: np.ndarray, info: Packing, is_signed: bool) -> np.ndarra
     if info.layout != "base3":
         straddle = info.layout == "dense"
         return _native.unpack(containers, length, info.bits, dim, straddle, is_signed)
+    _check_fives(containers.view("uint8"))
     fives = np.ascontiguousarray(containers if dim else containers.T).view("uint8")
     codes = _native.unpack_ternary(fives, length)
     if is_signed:
         codes = codes.view("int8")
         codes[codes == 2] = -1
     return codes if dim else np.ascontiguousarray(codes.T)
+
+
+def _check_fives(fives: np.ndarray) -> None:
+    """Bytes that no five ternary digits make come from elsewhere."""
+    if fives.size and fives.max() > LARGEST_FIVE:
+        row, col = np.argwhere(fives > LARGEST_FIVE)[0]
+        raise ValueError(
+            f"packed[{row}, {col}] is the byte {fives[row, col]}; five ternary codes make "
+            f"0..{LARGEST_FIVE}: pass what pack_weights packed with layout='base3'"
+        )
 
 
 def _fitting(

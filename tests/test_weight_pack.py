@@ -238,6 +238,8 @@ def test_info_is_an_immutable_value() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         info.bits = 4
     assert Packing(2, "aligned", -2, "uint8", [3, 4], False).shape == (3, 4)
+    same = Packing(np.int64(2), "aligned", -2, np.uint8, [3, 4], np.False_)
+    assert repr(same) == repr(Packing(2, "aligned", 0, "uint8", (3, 4), False))
     with pytest.raises(ValueError, match="shape must be"):
         Packing(2, "aligned", 0, "uint8", (3,), False)
 
@@ -369,6 +371,13 @@ REFUSALS = {
         "packed is uint16 of shape (4, 4), but this Packing has uint8 of shape (4, 4)"),
     "masked": (lambda: pack_weights(np.ma.masked_array(TWO), 2), TypeError,
         "to_pack_2d must be a torch.Tensor or numpy.ndarray, not MaskedArray"),
+    "no ternary byte": (lambda: unpack_weights(TWO + 243, 2, layout="base3"), ValueError,
+        "packed[0, 0] is the byte 243; five ternary codes make 0..242: pass what pack_weights "
+        "packed with layout='base3'"),
+    "info of no shape": (lambda: Packing(2, "aligned", 0, "uint8", 5, False), TypeError,
+        "shape must be (rows, cols), not 5"),
+    "no width of a type": (lambda: get_dtype_size_in_bits("int0"), TypeError,
+        "int0 is not a number type; give one such as uint8 or float32"),
     "no numbers": (lambda: get_dtype_size_in_bits("str"), TypeError,
         "str is not a number type; give one such as uint8 or float32"),
 }  # fmt: skip

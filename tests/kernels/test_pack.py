@@ -138,13 +138,20 @@ def test_ternary_has_every_byte(isa) -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "container", "axis"), [(0, 1, 0), (9, 2, 0), (4, 3, 0), (4, 16, 1), (4, 1, 2)]
+    ("bits", "container", "axis", "reason"),
+    [
+        (0, 1, 0, r"bits must be 1\.\.8"),
+        (9, 2, 0, r"bits must be 1\.\.8"),
+        (4, 3, 0, r"bits must be 1\.\.8"),
+        (4, 16, 1, r"bits must be 1\.\.8"),
+        (4, 1, 2, "axis that is out of range"),
+    ],
 )
-def test_layouts_that_do_not_exist_are_refused(bits, container, axis) -> None:
+def test_layouts_that_do_not_exist_are_refused(bits, container, axis, reason) -> None:
     codes, packed = np.zeros((4, 4), np.uint8), np.zeros((4, 4), np.uint8)
-    with pytest.raises(ValueError, match=r"bits must be 1\.\.8"):
+    with pytest.raises(ValueError, match=reason):
         _kernels.pack(packed, codes, 4, 4, bits, container, axis, 0)
-    with pytest.raises(ValueError, match=r"bits must be 1\.\.8"):
+    with pytest.raises(ValueError, match=reason):
         _kernels.unpack(codes, packed, 4, 4, bits, container, axis, 0, 0)
 
 

@@ -252,6 +252,22 @@ def test_codes_without_a_sign_refuse_negative_numbers(isa: str, source: str) -> 
     assert caught.value.args[1] == 57
 
 
+@pytest.mark.parametrize("source", SOURCES)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_kept_block_of_codes_without_a_sign_is_marked_too(
+    isa: str, source: str, bad: float
+) -> None:
+    spec = oracle.replace(as_source(UNSIGNED, source), keep_non_finite=True)
+    rows = stored_row([1.0, bad, 2.0] * 9 + [4.0] * 27, source).reshape(2, 27)
+    made = calls.quantize(rows, (1, 27), spec)
+    assert np.isnan(made.scale[0, 0]) and (made.codes[0] == 0).all()
+    assert (made.codes[1] == 255).all()
+    rows[1, 5] = stored_row([-0.5], source)[0, 0]
+    with pytest.raises(DataError, match="without a sign") as caught:
+        calls.quantize(rows, (1, 27), spec)
+    assert caught.value.args[1] == 27 + 5
+
+
 # ---- threads -----------------------------------------------------------------------------------
 
 
