@@ -1,0 +1,38 @@
+"""Docstrings: every public callable has a runnable example, and every example runs."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+from pathlib import Path
+
+import pytest
+
+import quantization
+
+PACKAGE = Path(quantization.__file__).parent
+MODULES = sorted(
+    ".".join(("quantization", *path.relative_to(PACKAGE).with_suffix("").parts))
+    for path in PACKAGE.rglob("*.py")
+    if path.name not in {"__init__.py", "__main__.py"}
+)
+
+
+@pytest.mark.parametrize("name", ["quantization", *MODULES])
+def test_examples_run(name: str) -> None:
+    pytest.importorskip("torch")
+    module = importlib.import_module(name)
+    outcome = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert outcome.failed == 0
+
+
+@pytest.mark.parametrize("name", quantization.__all__)
+def test_public_names_are_documented_with_an_example(name: str) -> None:
+    pytest.importorskip("torch")
+    value = getattr(quantization, name)
+    if not callable(value):
+        return
+    text = inspect.getdoc(value) or ""
+    assert text, f"{name} has no docstring"
+    assert ">>>" in text, f"{name} has no example"
