@@ -16,13 +16,6 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quantization._native import (
-        active_isa,
-        get_num_threads,
-        isas,
-        set_isa,
-        set_num_threads,
-    )
     from quantization.linear import quantized_forward
     from quantization.linear_layer import (
         QWQALinearLayer,
@@ -47,6 +40,13 @@ if TYPE_CHECKING:
         replace_linear_layers_with_w8a16,
         target_class_from,
     )
+    from quantization.runtime import (
+        active_isa,
+        get_num_threads,
+        isas,
+        set_isa,
+        set_num_threads,
+    )
     from quantization.weight_pack import (
         Packing,
         bit_shifts,
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "_native": ("active_isa", "get_num_threads", "isas", "set_isa", "set_num_threads"),
     "linear": ("quantized_forward",),
     "linear_layer": ("QWQALinearLayer", "name_for_quantized_weight_buffer"),
     "linear_quantizer": (
@@ -79,6 +78,7 @@ _HOMES = {
         "replace_linear_layers_with_w8a16",
         "target_class_from",
     ),
+    "runtime": ("active_isa", "get_num_threads", "isas", "set_isa", "set_num_threads"),
     "weight_pack": (
         "Packing",
         "bit_shifts",

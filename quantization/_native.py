@@ -7,13 +7,15 @@ here: a torch tensor can only come from a program that has imported it.
 
 from __future__ import annotations
 
-import os
 import sys
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
-from quantization import _kernels
+from quantization import (
+    _kernels,
+    runtime,  # noqa: F401  obeys QUANTIZATION_ISA before any kernel runs
+)
 from quantization._kernels import DataError
 from quantization.dtypes import DType, name_of
 
@@ -25,24 +27,19 @@ __all__ = [
     "Grid",
     "Rule",
     "Tensor",
-    "active_isa",
     "as_tensor_like",
     "cast",
     "decode",
     "encode",
     "filled",
-    "get_num_threads",
     "is_meta",
     "is_tensor",
     "is_torch",
-    "isas",
     "linear",
     "measure",
     "pack",
     "pack_ternary",
     "quantize",
-    "set_isa",
-    "set_num_threads",
     "to_array",
     "unpack",
     "unpack_ternary",
@@ -332,64 +329,3 @@ def linear(x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None = Non
 
 def _kernel_number(dtype: Any) -> int:
     return getattr(_kernels, name_of(dtype).upper())
-
-
-# ---- instruction sets and threads ------------------------------------------------------------
-
-
-def isas() -> tuple[str, ...]:
-    """Names of the instruction sets that this build has and this CPU runs, best first."""
-    return _kernels.isas()
-
-
-def active_isa() -> str:
-    """Name of the instruction set whose kernels run now."""
-    return _kernels.active_isa()
-
-
-def set_isa(name: str) -> None:
-    """Run the kernels of one instruction set from now on, in the whole process.
-
-    Raises:
-        ValueError: if this build does not have it or this CPU does not run it; nothing changes.
-
-    Example:
-        >>> before = active_isa()
-        >>> set_isa("reference")
-        >>> active_isa()
-        'reference'
-        >>> set_isa(before)
-    """
-    try:
-        _kernels.set_isa(name)
-    except ValueError:
-        raise ValueError(
-            f"instruction set {name!r} is not available here; allowed are {', '.join(isas())}"
-        ) from None
-
-
-def get_num_threads() -> int:
-    """Threads that a large enough call uses."""
-    return _kernels.get_num_threads()
-
-
-def set_num_threads(threads: int | None) -> None:
-    """Choose how many threads a large enough call uses.
-
-    Args:
-        threads: ``None`` follows torch (``torch.set_num_threads``) when it is loaded and is 1
-            without it, the default; a number uses that many threads of our own, made for each call.
-
-    Raises:
-        ValueError: if ``threads`` is below 1 or above 1024.
-    """
-    if threads is not None and not 1 <= threads <= 1024:
-        raise ValueError(f"threads must be 1..1024 or None, not {threads}")
-    _kernels.set_num_threads(threads or 0)
-
-
-if _forced := os.environ.get("QUANTIZATION_ISA"):
-    try:
-        set_isa(_forced)
-    except ValueError as error:
-        raise ValueError(f"QUANTIZATION_ISA: {error}") from None

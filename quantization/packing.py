@@ -33,6 +33,14 @@ class Packing:
         container: name of the packed integers' dtype.
         shape: of the codes, before packing.
         is_signed: whether the codes are two's complement (unpacked to int8), else uint8.
+
+    Raises:
+        TypeError, ValueError: if the attributes fit no layout.
+
+    Example:
+        >>> packing = Packing(3, "dense", 1, "uint8", (4, 10), is_signed=False)
+        >>> packing.packed_shape  # ten codes of 3 bits fill four bytes
+        (4, 4)
     """
 
     bits: int

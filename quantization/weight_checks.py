@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quantization import _native
+from quantization import runtime
 from quantization.linear import quantized_forward
 from quantization.linear_quantizer import (
     PER_ROWS,
@@ -181,13 +181,13 @@ def isa_disagreement(weight: Tensor, isa: str, tokens: int = 5) -> tuple[bool, f
     expected, params = quantize_linear(weight, torch.int8, granularity)
     noise = torch.randn(tokens, weight.shape[1], generator=torch.Generator().manual_seed(0))
     scales = params.scale.flatten()
-    active = _native.active_isa()
-    _native.set_isa(isa)
+    active = runtime.active_isa()
+    runtime.set_isa(isa)
     try:
         codes, _ = quantize_linear(weight, torch.int8, granularity)
         y = quantized_forward(codes, noise, scales)
     finally:
-        _native.set_isa(active)
+        runtime.set_isa(active)
     exact = expected.double() * scales.double()[:, None]
     error = (y.double() - noise.double() @ exact.T).abs()
     bound = (weight.shape[1] + 2) * 2.0**-24 * (noise.double().abs() @ exact.abs().T)

@@ -50,6 +50,7 @@ C_ARROWS = {
 FLOORS = {
     "_kernels": 0,
     "dtypes": 1,
+    "runtime": 1,
     "_native": 2,
     "_torch_ops": 2,
     "granularity": 3,
@@ -149,7 +150,7 @@ def test_python_imports_run_downwards(path: Path) -> None:
 def test_only_the_door_imports_the_extension() -> None:
     for path in PY_FILES:
         if "_kernels" in _imports(path):
-            assert path.name in {"_native.py", "_torch_ops.py"}, path.name
+            assert path.name in {"_native.py", "_torch_ops.py", "runtime.py"}, path.name
 
 
 @pytest.mark.parametrize("path", C_FILES + PY_FILES, ids=ids(C_FILES + PY_FILES))
