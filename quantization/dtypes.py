@@ -6,6 +6,7 @@ torch dtypes, NumPy dtypes and strings all lead to the same :class:`DType`. Torc
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any
 
@@ -106,6 +107,21 @@ def name_of(dtype: Any) -> str:
             f"{dtype!r:.60} is not a dtype; give a torch dtype, a NumPy dtype or a name such as "
             "'int8'"
         ) from None
+
+
+def index_of(value: Any, what: str) -> int:
+    """``value`` as an int.
+
+    Raises:
+        TypeError: for a bool, a float or anything else that is no integer.
+
+    Example:
+        >>> index_of(np.int8(3), "size")
+        3
+    """
+    if isinstance(value, bool | np.bool_) or not hasattr(value, "__index__"):
+        raise TypeError(f"{what} must be an integer, not {value!r:.60}")
+    return operator.index(value)
 
 
 def dtype_of(dtype: Any) -> DType:

@@ -18,13 +18,13 @@ granularity                   tensor              block of the matrix        sha
 from __future__ import annotations
 
 import math
-import operator
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from quantization._native import Grid
+from quantization.dtypes import index_of
 
 __all__ = ["PER_COLUMNS", "PER_ROWS", "Granularity", "PerDimension", "PerGroup"]
 
@@ -122,7 +122,7 @@ class PerDimension(Granularity):
     dim: int = PER_ROWS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "dim", _integer(self.dim, "dim"))
+        object.__setattr__(self, "dim", index_of(self.dim, "dim"))
 
     def grid(self, shape: Shape) -> Grid:
         """Lines along ``dim`` are rows where it is the last dimension, columns where it is not."""
@@ -159,8 +159,8 @@ class PerGroup(Granularity):
     dim: int = PER_ROWS
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "by", _integer(self.by, "by"))
-        object.__setattr__(self, "dim", _integer(self.dim, "dim"))
+        object.__setattr__(self, "by", index_of(self.by, "by"))
+        object.__setattr__(self, "dim", index_of(self.dim, "dim"))
         if self.by < 1:
             raise ValueError(f"PerGroup: by={self.by}, but a group has at least 1 number")
 
@@ -182,15 +182,6 @@ class PerGroup(Granularity):
 
     def __repr__(self) -> str:
         return f"Granularity.PerGroup(by={self.by}, dim={self.dim})"
-
-
-def _integer(value: Any, what: str) -> int:
-    if isinstance(value, bool):
-        raise TypeError(f"{what} must be an integer, not {value!r}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise TypeError(f"{what} must be an integer, not {value!r}") from None
 
 
 def _checked_dim(granularity: PerDimension | PerGroup, shape: Shape) -> int:

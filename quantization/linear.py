@@ -5,6 +5,7 @@ from __future__ import annotations
 from quantization import _native
 from quantization._native import Tensor
 from quantization.dtypes import name_of, source_of
+from quantization.rules import check_tensor
 
 
 def quantized_forward(
@@ -45,10 +46,11 @@ def _check(weights: Tensor, input: Tensor, scales: Tensor, bias: Tensor | None) 
     named = {"weights": weights, "input": input, "scales": scales}
     named |= {} if bias is None else {"bias": bias}
     for name, value in named.items():
-        if not _native.is_tensor(value) or _native.is_torch(value) != _native.is_torch(input):
+        check_tensor(value, name)
+        if _native.is_torch(value) != _native.is_torch(input):
             raise TypeError(
-                f"{name} is a {type(value).__name__}; all arguments must be torch tensors, "
-                "or all numpy arrays"
+                f"{name} is a {type(value).__name__}, but input a {type(input).__name__}: pass "
+                "torch tensors alone, or numpy arrays alone"
             )
         if name != "weights":
             source_of(value.dtype, name)

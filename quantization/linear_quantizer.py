@@ -266,7 +266,8 @@ def group(tensor: Tensor, by: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         equals ``tensor``.
 
     Raises:
-        TypeError: if ``tensor`` is neither, or ``by`` is not an integer.
+        TypeError: if ``tensor`` is neither, ``by`` is not an integer, or ``ungroup`` is given no
+            tensor.
         ValueError: if ``tensor`` has no dimension, ``by`` is below 1, or ``ungroup`` is given
             another shape than that of ``groups``.
 
@@ -298,6 +299,7 @@ def group(tensor: Tensor, by: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
 
     def ungroup(groups: Tensor) -> Tensor:
         """The groups side by side again, without the numbers that filled up the last one."""
+        check_tensor(groups, "groups")
         if tuple(groups.shape) != grouped:
             raise ValueError(f"groups have shape {tuple(groups.shape)}; {grouped} is allowed")
         return groups.reshape((*lead, count * by))[..., :length]

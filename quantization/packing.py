@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ import numpy as np
 
 from quantization import _native
 from quantization._native import Tensor
-from quantization.dtypes import name_of
+from quantization.dtypes import index_of, name_of
 
 LAYOUTS = ("aligned", "dense", "base3")
 CONTAINERS = tuple(f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 32, 64))
@@ -198,10 +197,3 @@ def checked_dim(dim: int) -> int:
     if not -2 <= dim <= 1:
         raise ValueError(f"dim must be 0 (down the columns) or 1 (along the rows), not {dim}")
     return dim % 2
-
-
-def index_of(value: Any, what: str) -> int:
-    """``value`` as an int; floats and bools are refused."""
-    if isinstance(value, (bool, np.bool_)) or not hasattr(value, "__index__"):
-        raise TypeError(f"{what} must be an integer, not {type(value).__name__}")
-    return operator.index(value)

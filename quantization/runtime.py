@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 
 from quantization import _kernels
+from quantization.dtypes import index_of
 
 
 def isas() -> tuple[str, ...]:
@@ -72,6 +73,7 @@ def set_num_threads(threads: int | None) -> None:
             without it, the default; a number uses that many threads of our own, made for each call.
 
     Raises:
+        TypeError: if ``threads`` is neither an integer nor None.
         ValueError: if ``threads`` is below 1 or above 1024.
 
     Example:
@@ -80,7 +82,7 @@ def set_num_threads(threads: int | None) -> None:
         2
         >>> set_num_threads(None)
     """
-    if threads is not None and not 1 <= threads <= 1024:
+    if threads is not None and not 1 <= index_of(threads, "threads") <= 1024:
         raise ValueError(f"threads must be 1..1024 or None, not {threads}")
     _kernels.set_num_threads(threads or 0)
 

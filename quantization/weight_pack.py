@@ -28,7 +28,7 @@ import numpy as np
 
 from quantization import _native
 from quantization._native import Tensor
-from quantization.dtypes import name_of
+from quantization.dtypes import index_of, name_of
 from quantization.packing import (
     CONTAINERS,
     LARGEST_FIVE,
@@ -40,7 +40,6 @@ from quantization.packing import (
     extremes,
     get_dtype_size_in_bits,
     get_max_bits_needed,
-    index_of,
     integer_name,
     integers_of,
 )

@@ -93,6 +93,13 @@ def test_a_tensor_names_no_type_and_is_not_printed_in_full() -> None:
     assert len(str(caught.value)) < 160
 
 
+def test_index_of_takes_integers_alone() -> None:
+    assert dtypes.index_of(np.uint8(7), "size") == 7
+    for wrong in (7.0, "7", None, True, np.True_, np.float32(7)):
+        with pytest.raises(TypeError, match=r"^size must be an integer, not "):
+            dtypes.index_of(wrong, "size")
+
+
 def test_refusals_list_what_is_allowed() -> None:
     with pytest.raises(TypeError, match=r"cannot quantize to int64; allowed are int1, int2, int3"):
         target_of(np.int64)

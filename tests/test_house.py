@@ -50,7 +50,7 @@ C_ARROWS = {
 FLOORS = {
     "_kernels": 0,
     "dtypes": 1,
-    "runtime": 1,
+    "runtime": 1.5,
     "_native": 2,
     "_torch_ops": 2,
     "granularity": 3,

@@ -134,6 +134,9 @@ def test_threads_are_counted() -> None:
         for wrong in (0, -1, 1025):
             with pytest.raises(ValueError, match=rf"threads must be 1..1024 or None, not {wrong}"):
                 quantization.set_num_threads(wrong)
+        for wrong in ("2", 2.0, True):
+            with pytest.raises(TypeError, match=rf"threads must be an integer, not {wrong!r}"):
+                quantization.set_num_threads(wrong)
         assert quantization.get_num_threads() == 3
     finally:
         quantization.set_num_threads(None)

@@ -373,3 +373,5 @@ def test_what_group_refuses() -> None:
     _, ungroup = group(np.ones((2, 5)), 2)
     with pytest.raises(ValueError, match=r"groups have shape \(2, 6\); \(2, 3, 2\) is allowed"):
         ungroup(np.ones((2, 6)))
+    with pytest.raises(TypeError, match=r"groups must be a torch.Tensor or .*, not list"):
+        ungroup([1, 2])
