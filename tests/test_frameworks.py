@@ -9,7 +9,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 from torch import nn
 
 from quantization.linear_layer import QWQALinearLayer, Target, replace_linear_layers_with_w8a16

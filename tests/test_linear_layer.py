@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 from torch import nn
 from torch.nn import functional as F
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
