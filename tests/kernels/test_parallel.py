@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import pytest
 from quantization import _kernels
 
 ROOT = Path(__file__).resolve().parents[2]
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="torch is not installed"
+)
 
 # A layer that is worth several threads on any plan: 2 M weights, 4 tokens.
 SETUP = """
@@ -77,6 +81,7 @@ def namespace() -> Iterator[dict]:
     _kernels.set_num_threads(0)
 
 
+@needs_torch
 def test_a_forked_child_answers_after_torch_has_used_its_threads() -> None:
     run(IMPORT_TORCH, "torch.randn(1 << 20).add(1).sum()\nlinear()\n", FORK)
 
@@ -89,6 +94,7 @@ def test_without_torch_one_thread_is_the_default() -> None:
     assert run("import sys; print(_kernels.get_num_threads(), 'torch' in sys.modules)") == "1 False"
 
 
+@needs_torch
 def test_torch_decides_the_number_of_threads_but_not_in_a_forked_child() -> None:
     count = """
 import os
@@ -146,6 +152,7 @@ for threads in (0, 1, 4):
 """
 
 
+@needs_torch
 def test_every_worker_flushes_denormals_as_the_caller_does() -> None:
     run(IMPORT_TORCH, DENORMALS)
 
