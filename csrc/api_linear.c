@@ -3,6 +3,11 @@
 #include "parallel.h"
 #include "plan.h"
 
+#include <stdatomic.h>
+#include <stdlib.h>
+
+enum { SMALL_SCRATCH = 16384 /* bytes that a thread takes from its stack */ };
+
 typedef void (*linear_kernel)(void *out, const void *in, const qk_linear_strip *strip);
 
 /* A forward or backward call: rows of `out` from rows of `in`, in the pieces of `plan`. */
@@ -12,14 +17,16 @@ typedef struct linear_job {
     char *out;
     const char *in;
     size_t out_row_bytes, in_row_bytes;
-    size_t features; /* columns of out */
+    size_t features;      /* columns of out */
+    size_t pack_tokens;   /* of the kernel */
+    size_t scratch_bytes; /* of a chunk */
+    atomic_int failed;    /* no memory for scratch */
     qk_linear_plan plan;
 } linear_job;
 
 /* Pieces [first, last), counted along the strips of one chunk of tokens after the other. */
-static void run_pieces(size_t first, size_t last, void *context)
+static void run_with_scratch(const linear_job *job, size_t first, size_t last, void *scratch)
 {
-    const linear_job *job = context;
     const qk_linear_plan *plan = &job->plan;
     while (first < last) {
         size_t strip = first % plan->strips, token = first / plan->strips * plan->chunk;
@@ -30,7 +37,8 @@ static void run_pieces(size_t first, size_t last, void *context)
         piece.tokens -= token;
         if (piece.tokens > plan->chunk)
             piece.tokens = plan->chunk;
-        qk_linear_strip range = {&piece, strip * plan->strip, (strip + count) * plan->strip};
+        qk_linear_strip range = {&piece, strip * plan->strip, (strip + count) * plan->strip,
+                                 scratch, plan->is_packed};
         if (range.last > job->features)
             range.last = job->features;
         job->kernel(job->out + token * job->out_row_bytes, job->in + token * job->in_row_bytes,
@@ -39,12 +47,41 @@ static void run_pieces(size_t first, size_t last, void *context)
     }
 }
 
-static void run(linear_job *job, size_t depth)
+static void *align(void *memory)
+{
+    return (void *)(((uintptr_t)memory + QK_SCRATCH_ALIGN - 1) / QK_SCRATCH_ALIGN *
+                    QK_SCRATCH_ALIGN);
+}
+
+static void run_pieces(size_t first, size_t last, void *context)
+{
+    linear_job *job = context;
+    char small[SMALL_SCRATCH + QK_SCRATCH_ALIGN];
+    if (job->scratch_bytes <= SMALL_SCRATCH) {
+        run_with_scratch(job, first, last, align(small));
+        return;
+    }
+    void *memory = malloc(job->scratch_bytes + QK_SCRATCH_ALIGN);
+    if (memory)
+        run_with_scratch(job, first, last, align(memory));
+    else
+        atomic_store(&job->failed, 1);
+    free(memory);
+}
+
+static qk_status run(linear_job *job, size_t depth, int needs_scratch)
 {
     if (job->linear->tokens == 0 || job->features == 0)
-        return;
-    job->plan = qk_plan_linear(job->linear->tokens, job->features, depth, qk_cache_bytes());
+        return QK_OK;
+    job->plan = qk_plan_linear(job->linear->tokens, job->features, depth, job->pack_tokens);
+    if (needs_scratch) {
+        qk_linear chunk = *job->linear;
+        if (chunk.tokens > job->plan.chunk)
+            chunk.tokens = job->plan.chunk;
+        job->scratch_bytes = qk_linear_scratch_bytes(&chunk);
+    }
     qk_parallel_for(job->plan.strips * job->plan.chunks, job->plan.grain, run_pieces, job);
+    return atomic_load(&job->failed) ? QK_OUT_OF_MEMORY : QK_OK;
 }
 
 /* What forward and backward have in common; *x_bytes and *y_bytes are the sizes of the matrices. */
@@ -81,17 +118,18 @@ qk_status qk_linear_forward(void *y, const void *x, const qk_linear *linear)
                    !qk_overlap(y, y_bytes, linear->bias,
                                linear->out_features * qk_dtype_bytes(linear->bias_dtype)),
                QK_OVERLAP);
+    const qk_kernels *kernels = qk_active_kernels();
     linear_job job = {
         .linear = linear,
-        .kernel = qk_active_kernels()->linear[linear->x_dtype],
+        .kernel = kernels->linear[linear->x_dtype],
+        .pack_tokens = kernels->linear_pack_tokens[linear->x_dtype],
         .out = y,
         .in = x,
         .out_row_bytes = linear->out_features * qk_dtype_bytes(linear->y_dtype),
         .in_row_bytes = linear->in_features * qk_dtype_bytes(linear->x_dtype),
         .features = linear->out_features,
     };
-    run(&job, linear->in_features);
-    return QK_OK;
+    return run(&job, linear->in_features, 1);
 }
 
 qk_status qk_linear_backward(void *grad_x, const void *grad_y, const qk_linear *linear)
@@ -111,6 +149,5 @@ qk_status qk_linear_backward(void *grad_x, const void *grad_y, const qk_linear *
         .in_row_bytes = linear->out_features * qk_dtype_bytes(linear->y_dtype),
         .features = linear->in_features,
     };
-    run(&job, linear->out_features);
-    return QK_OK;
+    return run(&job, linear->out_features, 0);
 }

@@ -8,17 +8,15 @@
  * independent, so neither the cut nor the number of threads changes a bit of the result. */
 typedef struct qk_linear_plan {
     size_t strip;  /* features in a piece: whole register tiles and whole cache lines of output */
-    size_t chunk;  /* tokens in a piece: their activations stay in the second-level cache */
+    size_t chunk;  /* tokens in a piece */
     size_t strips; /* pieces across the features */
     size_t chunks; /* pieces across the tokens */
     size_t grain;  /* pieces that are worth a thread's while */
+    int is_packed; /* whether the weights of a tile are converted once for all tokens of a piece */
 } qk_linear_plan;
 
 /* The plan for `tokens` rows of `features` sums, each over `depth` products; all at least 1
- * but `depth`. */
-qk_linear_plan qk_plan_linear(size_t tokens, size_t features, size_t depth, size_t cache_bytes);
-
-/* Bytes of one core's second-level cache, or a safe guess. */
-size_t qk_cache_bytes(void);
+ * but `depth`. From `pack_tokens` tokens on it pays to pack weights; 0: never. */
+qk_linear_plan qk_plan_linear(size_t tokens, size_t features, size_t depth, size_t pack_tokens);
 
 #endif

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "inline.h"
 #include "scalar.h"
 
 #if defined(__clang__)
@@ -22,6 +23,8 @@
 #include "pack.inc"
 
 #include "linear_avx2.inc"
+#include "linear_rows.inc"
+#define BFLOAT16_FORM float
 #include "linear.inc"
 
 void qk_use_avx2(qk_kernels *table)

@@ -6,6 +6,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "inline.h"
 #include "scalar.h"
 
 #if defined(__clang__)
@@ -24,6 +25,10 @@
 #include "pack.inc"
 
 #include "linear_avx512.inc"
+#include "linear_rows.inc"
+#include "linear_pairs.inc"
+#include "linear_pairs_avx512.inc"
+#define BFLOAT16_FORM pairs
 #include "linear.inc"
 
 void qk_use_avx512(qk_kernels *table)

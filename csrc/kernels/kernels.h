@@ -20,7 +20,24 @@ enum {
 typedef struct qk_linear_strip {
     const qk_linear *linear;
     size_t first, last;
+    void *scratch; /* forward only: qk_linear_scratch_bytes, at a multiple of QK_SCRATCH_ALIGN */
+    int is_packed; /* forward only: whether to pack weights, where the kernel can */
 } qk_linear_strip;
+
+enum {
+    QK_SCRATCH_ALIGN = 64,
+    QK_LINEAR_STEP = 64, /* a packed row is padded to a multiple of so many numbers, */
+    QK_LINEAR_TILE = 8,  /* so many rows of weights are packed beside those of all tokens, */
+    QK_LINEAR_SUMS = 56, /* and so many sums are kept for each token, at most */
+};
+
+/* Memory for a strip of that call: packed activations and weights, and sums. */
+static inline size_t qk_linear_scratch_bytes(const qk_linear *linear)
+{
+    size_t number = linear->x_dtype == QK_FLOAT64 ? sizeof(double) : sizeof(float);
+    size_t depth = (linear->in_features / QK_LINEAR_STEP + 1) * QK_LINEAR_STEP;
+    return ((linear->tokens + QK_LINEAR_TILE) * depth + linear->tokens * QK_LINEAR_SUMS) * number;
+}
 
 typedef struct qk_kernels {
     /* Range of each run of `run` elements (the last may be shorter) of source[count]:
@@ -69,6 +86,9 @@ typedef struct qk_kernels {
     /* y[tokens][first..last) of qk_linear_forward. y has out_features columns and is written only
      * in the strip. Indexed by x dtype. Any number of tokens gives a row the same bits. */
     void (*linear[QK_FLOATS])(void *y, const void *x, const qk_linear_strip *strip);
+
+    /* From how many tokens on it pays that the kernel packs weights; 0: never. */
+    size_t linear_pack_tokens[QK_FLOATS];
 
     /* grad_x[tokens][first..last) of qk_linear_backward: a strip of *input* features here,
      * summed over all output features in index order. Indexed by grad_y dtype. */

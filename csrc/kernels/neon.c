@@ -6,6 +6,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "inline.h"
 #include "scalar.h"
 
 #include "quantize_neon.inc"
@@ -15,6 +16,8 @@
 #include "pack.inc"
 
 #include "linear_neon.inc"
+#include "linear_rows.inc"
+#define BFLOAT16_FORM float
 #include "linear.inc"
 
 void qk_use_neon(qk_kernels *table)

@@ -8,7 +8,7 @@
  * its order and with or without FMA (Higham, Accuracy and Stability of Numerical Algorithms, 3.1);
  * scale and bias add a few roundings of the result, the store one in y's type. */
 
-static region x_region, weights_region, scales_region, bias_region;
+static region x_region, weights_region, scales_region, bias_region, scratch_region;
 static output result, again;
 
 typedef struct sizes {
@@ -107,6 +107,18 @@ static void check_strip(const region *y, const qk_linear *linear, size_t first, 
         }
 }
 
+/* The slot on a strip, with just the memory that it asks for. */
+static void run_forward(const qk_kernels *kernels, void *y, const void *x, qk_linear_strip *strip)
+{
+    size_t bytes = qk_linear_scratch_bytes(strip->linear) + QK_SCRATCH_ALIGN;
+    uintptr_t start =
+        (uintptr_t)place(&scratch_region, bytes / QK_SCRATCH_ALIGN * QK_SCRATCH_ALIGN);
+    strip->scratch = (void *)((start + QK_SCRATCH_ALIGN - 1) / QK_SCRATCH_ALIGN * QK_SCRATCH_ALIGN);
+    strip->is_packed = (int)random_below(2);
+    kernels->linear[strip->linear->x_dtype](y, x, strip);
+    expect_guards(&scratch_region);
+}
+
 /* The same bits when the tokens come one by one and the strip in two parts. */
 static void check_split(const qk_linear *linear, size_t first, size_t last)
 {
@@ -115,14 +127,14 @@ static void check_split(const qk_linear *linear, size_t first, size_t last)
     size_t x_row = linear->in_features * qk_dtype_bytes(linear->x_dtype);
     size_t y_row = linear->out_features * qk_dtype_bytes(linear->y_dtype);
     size_t middle = first + random_below(last - first + 1);
-    qk_linear_strip left = {&one, first, middle}, right = {&one, middle, last};
+    qk_linear_strip left = {&one, first, middle, NULL, 0}, right = {&one, middle, last, NULL, 0};
     place_output(&again, result.actual.bytes, 0x5A);
     memcpy(again.expected.data, result.actual.data, result.actual.bytes);
     for (size_t token = 0; token < linear->tokens; token++) {
         void *y = again.actual.data + token * y_row;
         const void *x = x_region.data + token * x_row;
-        tested->linear[linear->x_dtype](y, x, &left);
-        tested->linear[linear->x_dtype](y, x, &right);
+        run_forward(tested, y, x, &left);
+        run_forward(tested, y, x, &right);
     }
     uint64_t digest = counts.digest; /* the bits of sums are an ISA's own */
     expect_equal(&again, linear->y_dtype);
@@ -135,7 +147,7 @@ static void check_forward_case(qk_dtype x, const sizes *size)
     size_t first = random_below(3) ? 0 : random_below(size->out_features + 1);
     size_t last =
         random_below(3) ? size->out_features : first + random_below(size->out_features - first + 1);
-    qk_linear_strip strip = {&linear, first, last};
+    qk_linear_strip strip = {&linear, first, last, NULL, 0};
     begin_case("tokens %zu out %zu in %zu strip %zu..%zu y %s scales %s bias %s", size->tokens,
                size->out_features, size->in_features, first, last, dtype_name(linear.y_dtype),
                dtype_name(linear.scales_dtype),
@@ -143,8 +155,8 @@ static void check_forward_case(qk_dtype x, const sizes *size)
     fill_floats(&x_region, x, size->tokens * size->in_features, 2);
     size_t items = size->tokens * size->out_features;
     place_output(&result, items * qk_dtype_bytes(linear.y_dtype), 0x5A);
-    reference->linear[x](result.expected.data, x_region.data, &strip);
-    tested->linear[x](result.actual.data, x_region.data, &strip);
+    run_forward(reference, result.expected.data, x_region.data, &strip);
+    run_forward(tested, result.actual.data, x_region.data, &strip);
     if (tested == reference)
         check_strip(&result.expected, &linear, first, last);
     check_strip(&result.actual, &linear, first, last);
@@ -178,7 +190,7 @@ static void check_backward_case(qk_dtype grad_y, const sizes *size)
     size_t first = random_below(3) ? 0 : random_below(size->in_features + 1);
     size_t last =
         random_below(3) ? size->in_features : first + random_below(size->in_features - first + 1);
-    qk_linear_strip strip = {&linear, first, last};
+    qk_linear_strip strip = {&linear, first, last, NULL, 0};
     begin_case("tokens %zu out %zu in %zu strip %zu..%zu grad_x %s scales %s", size->tokens,
                size->out_features, size->in_features, first, last, dtype_name(linear.x_dtype),
                dtype_name(linear.scales_dtype));

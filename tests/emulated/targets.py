@@ -60,7 +60,7 @@ TARGETS = (
         _qemu("x86_64", "Haswell"),
         guard_pages=False,
     ),
-    Target("avx512-simde", "x86_64", ("avx512", "avx2", "reference"), simde=True),
+    Target("avx512-simde", "x86_64", ("avx512bf16", "avx512", "avx2", "reference"), simde=True),
 )
 
 
@@ -107,14 +107,17 @@ def _run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def _compile_with_simde(target: Target, folder: Path) -> Path:
-    """kernels/avx512.c on SIMDe's plain C: its target pragma is dropped after preprocessing."""
+def _compile_with_simde(target: Target, folder: Path) -> list[Path]:
+    """kernels/avx512*.c on SIMDe's plain C: target pragmas are dropped after preprocessing."""
     command = [*shlex.split(compiler(target)), *FLAGS, "-Wno-psabi", "-I", str(HERE / "simde")]
-    text = _run([*command, "-E", str(ROOT / "csrc/kernels/avx512.c")]).stdout
-    plain, made = folder / "avx512.i", folder / "avx512.o"
-    plain.write_text(re.sub(r"^#pragma GCC target.*$", "", text, flags=re.MULTILINE))
-    _run([*command, "-x", "cpp-output", "-c", str(plain), "-o", str(made)])
-    return made
+    objects = []
+    for source in sorted(ROOT.glob("csrc/kernels/avx512*.c")):
+        text = _run([*command, "-E", str(source)]).stdout
+        plain, made = folder / f"{source.stem}.i", folder / f"{source.stem}.o"
+        plain.write_text(re.sub(r"^#pragma GCC target.*$", "", text, flags=re.MULTILINE))
+        _run([*command, "-x", "cpp-output", "-c", str(plain), "-o", str(made)])
+        objects.append(made)
+    return objects
 
 
 def build(target: Target, folder: Path) -> Path:
@@ -133,7 +136,7 @@ def build(target: Target, folder: Path) -> Path:
         if not path.stem.startswith(skipped)
     ]
     if target.simde:
-        sources.append(str(_compile_with_simde(target, folder)))
+        sources += map(str, _compile_with_simde(target, folder))
     defines = ["-D__builtin_cpu_supports(feature)=1"] if target.simde else []
     command = [*shlex.split(compiler(target)), *FLAGS, *target.flags, *defines, *sources]
     _run([*command, "-lm", "-o", str(program)])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import linear_oracle
 import numpy as np
 import pytest
@@ -103,6 +105,46 @@ def test_a_row_has_the_same_bits_in_any_batch(isa: str, dtype: str) -> None:
                 rows = slice(first, first + tokens)
                 assert same(forward(x[rows], dtype, layer, dtype), whole[rows])
                 assert same(backward(grad[rows], dtype, layer, dtype), whole_grad[rows])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_large_batch_has_the_bits_of_single_rows(isa: str, dtype: str) -> None:
+    """Beyond the tokens from which weights are packed, and beyond one chunk."""
+    rng = np.random.default_rng(9)
+    layer = random_layer(rng, (53, 150))
+    x = random_rows(rng, (290, 150), dtype)
+    for tokens in (18, 19, 20, 41, 263, 290):
+        whole = forward(x[:tokens], dtype, layer, dtype)
+        for row in (0, 7, tokens // 2, tokens - 1):
+            assert same(forward(x[row : row + 1], dtype, layer, dtype), whole[row : row + 1])
+
+
+@pytest.fixture
+def restore_isa() -> Iterator[None]:
+    active = _kernels.active_isa()
+    yield
+    _kernels.set_isa(active)
+
+
+@pytest.mark.parametrize("smallest", [1.0, 2.0**-119, 2.0**-126, 2.0**-133, 0.0])
+def test_bfloat16_dot_products_give_the_bits_of_multiply_adds(
+    restore_isa: None, smallest: float
+) -> None:
+    """The instruction flushes subnormal numbers: activations that small must take another road."""
+    if "avx512bf16" not in _kernels.isas():
+        pytest.skip("this CPU has no avx512bf16")
+    rng = np.random.default_rng(10)
+    for tokens, out_features, in_features in [(1, 9, 64), (5, 49, 203), (40, 50, 300)]:
+        layer = random_layer(rng, (out_features, in_features))
+        layer.weights[0, :5] = (-128, 127, 0, -1, 1)
+        numbers = rng.standard_normal((tokens, in_features)) * max(smallest, 2.0**-133)
+        numbers[rng.random(numbers.shape) < 0.1] = smallest
+        x = stored(numbers, "bfloat16")
+        answers = []
+        for isa in ("avx512", "avx512bf16"):
+            _kernels.set_isa(isa)
+            answers.append(forward(x, "bfloat16", layer, "float32"))
+        assert same(*answers)
 
 
 @pytest.mark.parametrize("dtype", TYPES)

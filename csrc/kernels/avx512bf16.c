@@ -1,0 +1,72 @@
+/* AVX-512 with bfloat16 dot products and byte permutations (Zen 4, Sapphire Rapids and later): the
+ * linear kernel of bfloat16 activations; all else is AVX-512's. */
+#include "kernels.h"
+
+#if defined(__x86_64__) || defined(_M_X64)
+
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#include "inline.h"
+#include "scalar.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                                      \
+    __attribute__((                                                                                \
+        target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma,f16c,bmi2"))),   \
+    apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma,f16c,bmi2")
+#endif
+
+#include "linear_avx512.inc"
+#include "linear_rows.inc"
+#include "linear_pairs.inc"
+#include "linear_avx512bf16.inc"
+
+#define T       float
+#define FORM    pairs
+#define X       bfloat16
+#define X_BYTES 2
+#include "linear_dot.inc"
+
+/* The kernel of the rows below, for activations that this one would take for zeros. */
+static void (*linear_exact)(void *y, const void *x, const qk_linear_strip *strip);
+
+/* Whether one of the activations is not 0 and below 2^-119. */
+static int has_tiny(const char *x, size_t count)
+{
+    const __m512i magnitude = _mm512_set1_epi16(0x7fff), one = _mm512_set1_epi16(1);
+    const __m512i least = _mm512_set1_epi16((127 - 119) << 7);
+    __mmask32 tiny = 0;
+    for (size_t i = 0; i < count; i += 32) {
+        __m512i size = _mm512_and_si512(load_32_halves(x + 2 * i, count - i), magnitude);
+        tiny |= _mm512_cmplt_epu16_mask(_mm512_sub_epi16(size, one), _mm512_sub_epi16(least, one));
+    }
+    return tiny != 0;
+}
+
+static void linear_dot_products(void *y, const void *x, const qk_linear_strip *strip)
+{
+    if (has_tiny(x, strip->linear->tokens * strip->linear->in_features))
+        linear_exact(y, x, strip);
+    else
+        linear_bfloat16(y, x, strip);
+}
+
+void qk_use_avx512bf16(qk_kernels *table)
+{
+    linear_exact = table->linear[QK_BFLOAT16];
+    table->linear[QK_BFLOAT16] = linear_dot_products;
+    table->linear_pack_tokens[QK_BFLOAT16] = 19;
+}
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+
+#endif
