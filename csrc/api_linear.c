@@ -69,17 +69,15 @@ static void run_pieces(size_t first, size_t last, void *context)
     free(memory);
 }
 
-static qk_status run(linear_job *job, size_t depth, int needs_scratch)
+static qk_status run(linear_job *job, size_t depth, size_t (*scratch_bytes)(const qk_linear *))
 {
     if (job->linear->tokens == 0 || job->features == 0)
         return QK_OK;
     job->plan = qk_plan_linear(job->linear->tokens, job->features, depth, job->pack_tokens);
-    if (needs_scratch) {
-        qk_linear chunk = *job->linear;
-        if (chunk.tokens > job->plan.chunk)
-            chunk.tokens = job->plan.chunk;
-        job->scratch_bytes = qk_linear_scratch_bytes(&chunk);
-    }
+    qk_linear chunk = *job->linear;
+    if (chunk.tokens > job->plan.chunk)
+        chunk.tokens = job->plan.chunk;
+    job->scratch_bytes = scratch_bytes(&chunk);
     qk_parallel_for(job->plan.strips * job->plan.chunks, job->plan.grain, run_pieces, job);
     return atomic_load(&job->failed) ? QK_OUT_OF_MEMORY : QK_OK;
 }
@@ -129,7 +127,7 @@ qk_status qk_linear_forward(void *y, const void *x, const qk_linear *linear)
         .in_row_bytes = linear->in_features * qk_dtype_bytes(linear->x_dtype),
         .features = linear->out_features,
     };
-    return run(&job, linear->in_features, 1);
+    return run(&job, linear->in_features, qk_linear_scratch_bytes);
 }
 
 qk_status qk_linear_backward(void *grad_x, const void *grad_y, const qk_linear *linear)
@@ -149,5 +147,5 @@ qk_status qk_linear_backward(void *grad_x, const void *grad_y, const qk_linear *
         .in_row_bytes = linear->out_features * qk_dtype_bytes(linear->y_dtype),
         .features = linear->in_features,
     };
-    return run(&job, linear->out_features, 0);
+    return run(&job, linear->out_features, qk_backward_scratch_bytes);
 }

@@ -20,7 +20,7 @@ enum {
 typedef struct qk_linear_strip {
     const qk_linear *linear;
     size_t first, last;
-    void *scratch; /* forward only: qk_linear_scratch_bytes, at a multiple of QK_SCRATCH_ALIGN */
+    void *scratch; /* qk_linear_scratch_bytes or that of backward, aligned to QK_SCRATCH_ALIGN */
     int is_packed; /* forward only: whether to pack weights, where the kernel can */
 } qk_linear_strip;
 
@@ -37,6 +37,15 @@ static inline size_t qk_linear_scratch_bytes(const qk_linear *linear)
     size_t number = linear->x_dtype == QK_FLOAT64 ? sizeof(double) : sizeof(float);
     size_t depth = (linear->in_features / QK_LINEAR_STEP + 1) * QK_LINEAR_STEP;
     return ((linear->tokens + QK_LINEAR_TILE) * depth + linear->tokens * QK_LINEAR_SUMS) * number;
+}
+
+enum { QK_BACKWARD_WIDE = 192 /* input features that are summed at once */ };
+
+/* The same for a backward strip: factors of all tokens, and sums. */
+static inline size_t qk_backward_scratch_bytes(const qk_linear *linear)
+{
+    size_t number = linear->y_dtype == QK_FLOAT64 ? sizeof(double) : sizeof(float);
+    return linear->tokens * (linear->out_features + QK_BACKWARD_WIDE) * number;
 }
 
 typedef struct qk_kernels {

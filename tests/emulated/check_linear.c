@@ -107,13 +107,19 @@ static void check_strip(const region *y, const qk_linear *linear, size_t first, 
         }
 }
 
-/* The slot on a strip, with just the memory that it asks for. */
+/* Just the memory that a strip asks for, in whole cache lines, before a page that faults or after
+ * one, where that is aligned. */
+static void place_scratch(qk_linear_strip *strip, size_t bytes)
+{
+    do
+        strip->scratch = place(&scratch_region, (bytes + QK_SCRATCH_ALIGN - 1) / QK_SCRATCH_ALIGN *
+                                                    QK_SCRATCH_ALIGN);
+    while ((uintptr_t)strip->scratch % QK_SCRATCH_ALIGN != 0);
+}
+
 static void run_forward(const qk_kernels *kernels, void *y, const void *x, qk_linear_strip *strip)
 {
-    size_t bytes = qk_linear_scratch_bytes(strip->linear) + QK_SCRATCH_ALIGN;
-    uintptr_t start =
-        (uintptr_t)place(&scratch_region, bytes / QK_SCRATCH_ALIGN * QK_SCRATCH_ALIGN);
-    strip->scratch = (void *)((start + QK_SCRATCH_ALIGN - 1) / QK_SCRATCH_ALIGN * QK_SCRATCH_ALIGN);
+    place_scratch(strip, qk_linear_scratch_bytes(strip->linear));
     strip->is_packed = (int)random_below(2);
     kernels->linear[strip->linear->x_dtype](y, x, strip);
     expect_guards(&scratch_region);
@@ -197,8 +203,10 @@ static void check_backward_case(qk_dtype grad_y, const sizes *size)
     fill_floats(&x_region, grad_y, size->tokens * size->out_features, 2);
     size_t bytes = qk_dtype_bytes(linear.x_dtype);
     place_output(&result, size->tokens * size->in_features * bytes, 0x5A);
+    place_scratch(&strip, qk_backward_scratch_bytes(&linear));
     tested->linear_backward[grad_y](result.actual.data, x_region.data, &strip);
     expect_guards(&result.actual);
+    expect_guards(&scratch_region);
     for (size_t token = 0; token < size->tokens; token++)
         for (size_t col = 0; col < size->in_features; col++) {
             size_t index = token * size->in_features + col;
