@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quantization import _torch_ops
-from quantization.dtypes import name_of, source_of, target_of
+from quantization.dtypes import index_of, name_of, source_of, target_of
 from quantization.linear import quantized_forward
 from quantization.linear_quantizer import Granularity, quantize_linear
 from quantization.module_walker import float_parts
@@ -71,7 +71,7 @@ class QWQALinearLayer(nn.Linear):
         device: of the buffers; None: torch's current default.
 
     Raises:
-        TypeError: for another dtype.
+        TypeError: for another dtype, or a number of features that is no integer.
         ValueError: for a negative number of features.
 
     Example:
@@ -96,7 +96,7 @@ per row, 768 bytes)
     ) -> None:
         source_of(dtype, "a quantized layer")
         for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if value < 0:
+            if index_of(value, name) < 0:
                 raise ValueError(f"{name} is {value}; it must be 0 or more")
         nn.Module.__init__(self)
         self.in_features = in_features

@@ -100,6 +100,11 @@ def test_bad_arguments_of_the_constructor() -> None:
         QWQALinearLayer(4, 4, dtype=torch.complex64)
     with pytest.raises(ValueError, match="in_features is -1; it must be 0 or more"):
         QWQALinearLayer(-1, 4)
+    for sizes in ((2.5, 4), ("2", 4), (True, 4)):
+        with pytest.raises(TypeError, match="in_features must be an integer, not"):
+            QWQALinearLayer(*sizes)
+    with pytest.raises(TypeError, match="out_features must be an integer, not None"):
+        QWQALinearLayer(4, None)
 
 
 def test_reset_parameters_and_to_empty() -> None:
