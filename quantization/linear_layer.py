@@ -175,9 +175,9 @@ per row, 768 bytes)
 
         Args:
             weights: ``[out_features, in_features]``, float32, bfloat16, float16 or float64, in any
-                memory layout, on any device including meta; the codes come to live there. Another
-                shape is taken too: the layer's sizes follow, and a bias of another length, which
-                cannot belong to these weights, becomes zeros.
+                memory layout, on any device including meta; codes, scales and bias come to live
+                there. Another shape is taken too: the layer's sizes follow, and a bias of another
+                length, which cannot belong to these weights, becomes zeros.
             nonfinite: ``"raise"``, or ``"mark"``: a row with a NaN or infinity gets scale NaN, so
                 that its outputs are NaN and no others.
             name: what error messages call the tensor.
@@ -196,10 +196,7 @@ per row, 768 bytes)
         """
         dtype = self.scales.dtype
         codes, scales = _quantize_rows(weights, dtype, nonfinite, name)
-        bias = self.bias
-        if bias is not None and bias.shape != scales.shape:
-            zeros = torch.zeros_like(scales, dtype=bias.dtype)
-            self.bias = nn.Parameter(zeros) if isinstance(bias, nn.Parameter) else zeros
+        self.bias = _bias_beside(scales, self.bias)
         self.int8_weights, self.scales = codes, scales
         self.out_features, self.in_features = codes.shape
 
@@ -336,6 +333,17 @@ def _quantize_rows(
             name=name,
         )
         return codes, params.scale.reshape(-1).to(dtype)
+
+
+def _bias_beside(scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The bias on the device of the scales; zeros if it has another length, or no numbers."""
+    if bias is None or (bias.shape == scales.shape and bias.device == scales.device):
+        return bias
+    if bias.shape == scales.shape and not bias.is_meta:
+        moved = bias.detach().to(scales.device)
+    else:
+        moved = torch.zeros_like(scales, dtype=bias.dtype)
+    return nn.Parameter(moved) if isinstance(bias, nn.Parameter) else moved
 
 
 def _check_tensor(value: Any, key: str, shape: tuple[int, ...], *, is_float: bool) -> None:

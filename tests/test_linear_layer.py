@@ -196,10 +196,22 @@ def test_quantize_takes_any_layout(layout: str) -> None:
     assert not layer.scales.requires_grad
 
 
+@pytest.mark.parametrize("trained", [False, True])
+def test_the_bias_follows_the_weights_to_another_device(trained: bool) -> None:
+    layer = QWQALinearLayer(4, 3)
+    layer.bias = nn.Parameter(layer.bias) if trained else layer.bias
+    layer.quantize(torch.empty(3, 4, device="meta"))
+    assert layer.bias.is_meta and isinstance(layer.bias, nn.Parameter) == trained
+    layer.quantize(torch.eye(3, 4))
+    assert torch.equal(layer.bias, torch.zeros(3)) and layer(torch.ones(4)).shape == (3,)
+
+
 def test_quantize_on_meta_gives_shapes() -> None:
     layer = QWQALinearLayer(8, 4)
     layer.quantize(torch.empty(3, 7, device="meta"))
     assert layer.int8_weights.is_meta and layer.int8_weights.shape == (3, 7)
+    assert layer.scales.is_meta and layer.bias.is_meta
+    assert layer(torch.empty(2, 7, device="meta")).shape == (2, 3)
     meta = QWQALinearLayer.from_float(float_linear(device="meta", dtype=torch.bfloat16))
     assert meta.scales.is_meta and meta.scales.dtype == torch.bfloat16 and meta.bias.is_meta
 
