@@ -16,7 +16,7 @@ from quantization import _torch_ops
 from quantization.dtypes import index_of, name_of, source_of, target_of
 from quantization.linear import quantized_forward
 from quantization.linear_quantizer import Granularity, quantize_linear
-from quantization.module_walker import float_parts
+from quantization.module_walker import float_parts, is_conv1d
 from quantization.replacement import replace_linear_layers_with_w8a16
 from quantization.target import Target, accepted, target_class_from
 
@@ -137,7 +137,8 @@ per row, 768 bytes)
 
         Returns:
             A layer of the weight's dtype and device and of the training flag of ``linear``; its
-            bias shares memory with that of ``linear``. Hooks stay behind;
+            bias shares memory with that of ``linear``. Out of a Conv1D it goes on to take float
+            checkpoints as those have it, [in, out]. Hooks stay behind;
             :func:`replace_linear_layers_with_w8a16` carries them over.
 
         Raises:
@@ -163,6 +164,8 @@ per row, 768 bytes)
         layer = cls(**arguments)
         layer.quantize(weight, **accepted(layer.quantize, nonfinite=nonfinite, name=name))
         layer.bias = bias
+        if is_conv1d(linear):
+            layer.nf = linear.nf  # a mark for _take_float_weight
         return layer.train(linear.training)
 
     def quantize(
@@ -288,14 +291,19 @@ per row, 768 bytes)
         )
 
     def _take_float_weight(self, own: dict[str, Any], prefix: str, assign: bool | None) -> None:
-        """Put codes and scales in the place of a float weight among the layer's own entries."""
+        """Put codes and scales in the place of a float weight among the layer's own entries.
+
+        A layer that came from a Conv1D has its attribute ``nf``, and finds the weight turned.
+        """
         key, codes_key, scales_key = (prefix + end for end in ("weight", _CODES, "scales"))
         if key not in own:
             return
         if codes_key in own or scales_key in own:
             raise ValueError(f"{key} is there beside {codes_key} or {scales_key}: keep one of them")
         weight = own.pop(key)
-        _check_tensor(weight, key, tuple(self.int8_weights.shape), is_float=True)
+        is_turned, shape = "nf" in self.__dict__, tuple(self.int8_weights.shape)
+        _check_tensor(weight, key, shape[::-1] if is_turned else shape, is_float=True)
+        weight = weight.t() if is_turned else weight
         dtype = weight.dtype if assign else self.scales.dtype
         own[codes_key], own[scales_key] = _quantize_rows(weight, dtype, "raise", key)
 

@@ -20,7 +20,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantization import linear_layer, target
-from quantization.linear_layer import QWQALinearLayer, name_for_quantized_weight_buffer
+from quantization.linear_layer import (
+    QWQALinearLayer,
+    name_for_quantized_weight_buffer,
+    replace_linear_layers_with_w8a16,
+)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
@@ -317,6 +321,27 @@ def test_from_float_takes_a_transposed_layer() -> None:
     assert (layer.in_features, layer.out_features) == (24, 6)
     x = torch.randn(3, 24)
     assert relative(layer(x), conv(x)) < 0.02
+
+
+@pytest.mark.parametrize("sizes", [(6, 24), (8, 8)])
+@pytest.mark.parametrize("quantize", [True, False])
+@pytest.mark.parametrize("assign", [True, False])
+def test_a_transposed_layer_takes_its_float_checkpoint(
+    sizes: tuple[int, int], quantize: bool, assign: bool
+) -> None:
+    conv = Conv1D(*sizes)
+    model = nn.Sequential(conv)
+    replace_linear_layers_with_w8a16(model, QWQALinearLayer, [], quantize)
+    state = conv.state_dict(prefix="0.")
+    for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        each[0].quantize(torch.zeros(sizes))
+        each.load_state_dict(state, assign=assign)
+        wanted = QWQALinearLayer.from_float(conv)
+        assert torch.equal(each[0].int8_weights, wanted.int8_weights)
+        wanted.load_state_dict(conv.state_dict())
+        assert torch.equal(each[0].int8_weights, wanted.int8_weights)
+    with pytest.raises(RuntimeError, match=r"the checkpoint has shape \(3, 3\)"):
+        model.load_state_dict(state | {"0.weight": torch.zeros(3, 3)})
 
 
 def test_a_subclass_with_a_constructor_and_quantize_of_its_own() -> None:
