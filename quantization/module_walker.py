@@ -41,7 +41,8 @@ class Site(NamedTuple):
 def walk(root: nn.Module) -> Iterator[Site]:
     """Every place of every module, parents first, in the order of ``named_modules``.
 
-    A module that hangs in two places comes twice, with its children under both names.
+    A module that hangs in two places comes twice, with its children under both names. The inside of
+    a TorchScript module is not listed: it is compiled, and nothing in it can be changed.
 
     Example:
         >>> shared = nn.Linear(2, 2)
@@ -53,7 +54,7 @@ def walk(root: nn.Module) -> Iterator[Site]:
     while stack:
         site = stack.pop()
         yield site
-        if listings[id(site.module)] >= _MAX_LISTINGS:
+        if listings[id(site.module)] >= _MAX_LISTINGS or _is_script(site.module):
             continue
         listings[id(site.module)] += 1
         prefix = site.name + "." if site.name else ""
@@ -177,9 +178,15 @@ def looks_linear(module: nn.Module) -> bool:
     """
     if isinstance(module, nn.Linear) or is_conv1d(module):
         return True
+    if _is_script(module):
+        return any(getattr(inner, "original_name", "") == "Linear" for inner in module.modules())
     sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
     weight = module._parameters.get("weight")
     return weight is not None and tuple(weight.shape) == sizes
+
+
+def _is_script(module: nn.Module) -> bool:
+    return isinstance(module, torch.jit.ScriptModule)
 
 
 def float_parts(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -219,6 +226,8 @@ def why_left(module: Any) -> str | None:
 def _why_class(module: Any) -> str | None:
     if not isinstance(module, nn.Module):
         return f"{module!r} is not a torch.nn.Module"
+    if _is_script(module):
+        return "TorchScript: its layers are compiled already; replace them before it is scripted"
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "lazy: it has no weight yet; run the model once on an input first"
     if parametrize.is_parametrized(module):

@@ -232,6 +232,11 @@ class Scaled(nn.Module):
 REASONS: dict[str, tuple[Callable[[], Any], str]] = {
     "mha": (lambda: nn.MultiheadAttention(4, 2).out_proj, "MultiheadAttention reads this weight"),
     "lazy": (lambda: nn.LazyLinear(2), "lazy: it has no weight yet"),
+    "scripted": (
+        lambda: torch.jit.script(nn.Sequential(nn.Linear(2, 2))),
+        "TorchScript: .* replace them before it is scripted",
+    ),
+    "traced": (lambda: torch.jit.trace(nn.Linear(2, 2), torch.zeros(2)), "TorchScript"),
     "subclass": (lambda: LoraLinear(2, 2), "LoraLinear is a subclass of nn.Linear"),
     "weight_norm": (
         lambda: torch.nn.utils.weight_norm(nn.Linear(2, 2)),
