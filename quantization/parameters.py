@@ -46,7 +46,8 @@ class QuantizationParameters:
     differs from an ndarray. They cannot be hashed, because tensors change.
 
     Attributes:
-        scale: one number a block, in the shape that ``granularity.scale_shape`` gives.
+        scale: one number a block, in the shape that ``granularity.scale_shape`` gives; a NumPy
+            scalar, which arithmetic makes of an ndarray of shape ``()``, becomes one again.
         zero_point: int32, the shape of ``scale``; zeros when symmetric.
         mode: where zero lies.
         granularity: which numbers share a scale.
@@ -87,6 +88,9 @@ class QuantizationParameters:
         check_granularity(self.granularity)
         group_by = self.granularity.by if isinstance(self.granularity, PerGroup) else None
         grouped = isinstance(self.granularity, PerDimension | PerGroup)
+        for field in ("scale", "zero_point"):
+            if isinstance(getattr(self, field), np.generic):
+                object.__setattr__(self, field, np.asarray(getattr(self, field)))
         self._settle("group_by", group_by)
         self._settle("dim", self.granularity.dim if grouped else None)
 

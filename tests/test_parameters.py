@@ -15,6 +15,7 @@ from quantization.linear_quantizer import (
     Granularity,
     Mode,
     QuantizationParameters,
+    dequantize_linear,
     quantize_linear,
 )
 
@@ -68,6 +69,14 @@ def test_parameters_follow_their_granularity() -> None:
         QuantizationParameters(one, zero, Mode.Symmetric, 1)
     with pytest.raises(AttributeError):
         lines.dim = 0  # type: ignore[misc]
+
+
+def test_numpy_scalars_are_arrays_again() -> None:
+    codes, params = quantize_linear(matrix(), "uint8", Granularity.PerTensor, Mode.Asymmetric)
+    doubled = dataclasses.replace(params, scale=params.scale * 2, zero_point=params.zero_point + 0)
+    assert isinstance(doubled.scale, np.ndarray) and isinstance(doubled.zero_point, np.ndarray)
+    restored = dequantize_linear(codes, params)
+    assert np.array_equal(dequantize_linear(codes, doubled), 2 * restored)
 
 
 def test_the_repr_is_short_and_says_all() -> None:
