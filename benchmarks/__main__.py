@@ -1,0 +1,129 @@
+"""``python -m benchmarks``: measure, print, and write what is asked for."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine, session
+from benchmarks.bench_linear import run_linear
+from benchmarks.bench_overhead import run_overhead
+from benchmarks.bench_quantize import run_quantize
+from benchmarks.session import SECTIONS, Session, Settings
+
+RUNNERS: dict[str, Callable[[Session], None]] = {
+    "linear": run_linear,
+    "quantize": run_quantize,
+    "overhead": run_overhead,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run what the command line asks for; the exit code is 0 unless the arguments are wrong."""
+    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    command = " ".join(["python -m benchmarks", *given])
+    run = Session(_settings(options), command)
+    run.say(machine.line(run.results.machine))
+    run.say(command)
+    for section in SECTIONS:
+        if section in run.settings.sections and section in RUNNERS:
+            RUNNERS[section](run)
+    _finish(run, options)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks",
+        description="Time the kernels beside every installed peer, turn by turn, and against the "
+        "limits of the machine, measured in the same run.",
+    )
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--full", action="store_true", help="every cell, and the language model")
+    extent.add_argument("--smoke", action="store_true", help="tiny shapes, in seconds")
+    parser.add_argument("--only", type=_list_of(SECTIONS), help=f"out of {','.join(SECTIONS)}")
+    parser.add_argument("--isa", type=_names, help="instruction sets to force; reference too")
+    parser.add_argument("--threads", type=_threads, help="such as 1,all (the default)")
+    parser.add_argument("--dtype", type=_list_of(("float32", "bfloat16", "float16")))
+    parser.add_argument("--shape", type=_shapes, help="out x in, such as 4096x4096,768x768")
+    parser.add_argument("--tokens", type=_numbers, help="rows of activations, such as 1,16")
+    parser.add_argument("--rounds", type=int, help="samples of a candidate, at most")
+    parser.add_argument("--seconds", type=float, help="of a cell, all candidates together")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    return parser
+
+
+def _settings(options: argparse.Namespace) -> Settings:
+    threads = options.threads or tuple(sorted({1, machine.cores()}))
+    profile = session.full if options.full else session.smoke if options.smoke else session.quick
+    chosen = profile(threads)
+    named = {
+        "sections": options.only,
+        "isas": options.isa,
+        "dtypes": options.dtype,
+        "shapes": options.shape,
+        "tokens": options.tokens,
+        "rounds": options.rounds,
+        "seconds": options.seconds,
+        "threads": options.threads,
+    }
+    return dataclasses.replace(chosen, **{k: v for k, v in named.items() if v is not None})
+
+
+def _finish(run: Session, options: argparse.Namespace) -> None:
+    results = run.results
+    if run.limits:
+        results.limits = run.limits.best()
+    for name, reason in results.absent.items():
+        run.say(f"not measured: {name}: {reason}")
+    if options.json:
+        entry: dict[str, Any] = {
+            "command": results.command,
+            "machine": results.machine,
+            "settings": dataclasses.asdict(run.settings),
+            "limits": results.limits,
+            "absent": results.absent,
+            "rows": [row.to_dict() for row in results.rows],
+        }
+        options.json.write_text(json.dumps(entry, indent=1) + "\n")
+
+
+# ---- what the arguments look like ------------------------------------------------------------
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _list_of(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
+    def parse(text: str) -> tuple[str, ...]:
+        for name in _names(text):
+            if name not in allowed:
+                raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(allowed)}")
+        return _names(text)
+
+    return parse
+
+
+def _numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in _names(text))
+
+
+def _threads(text: str) -> tuple[int, ...]:
+    numbers = (machine.cores() if part == "all" else int(part) for part in _names(text))
+    return tuple(dict.fromkeys(numbers))
+
+
+def _shapes(text: str) -> tuple[tuple[int, int], ...]:
+    pairs = (part.lower().split("x") for part in _names(text))
+    return tuple((int(out_features), int(in_features)) for out_features, in_features in pairs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,182 @@
+"""Turn by turn: every candidate runs once a round, so that what disturbs one disturbs all.
+
+A sample is one call, or as many as make a millisecond; before it comes an untimed call, so that
+weights stand in the cache level that can hold them, for every candidate alike.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+MIN_ROUNDS = 3
+WARM_BELOW = 0.1  # seconds; a longer call is its own warm-up
+
+
+@dataclass
+class Candidate:
+    """Something to be timed.
+
+    Attributes:
+        name: as tables show it.
+        kind: "ours", "float", "W8A16", "W8A8" or "expression": what it may be compared with.
+        call: what is timed.
+        enter: runs before each turn, untimed (to choose an instruction set).
+    """
+
+    name: str
+    kind: str
+    call: Callable[[], object]
+    enter: Callable[[], object] | None = None
+
+
+@dataclass
+class Timing:
+    """Seconds a call, one number a sample.
+
+    Attributes:
+        samples: in the order they were taken.
+        calls: calls in one sample.
+    """
+
+    samples: list[float] = field(default_factory=list)
+    calls: int = 1
+
+    def quantile(self, share: float) -> float:
+        """The sample below which `share` of them lie, interpolated."""
+        return float(np.quantile(self.samples, share))
+
+    @property
+    def median(self) -> float:
+        """Half of the samples lie below."""
+        return self.quantile(0.5)
+
+    @property
+    def p10(self) -> float:
+        """A tenth of the samples lies below."""
+        return self.quantile(0.1)
+
+    @property
+    def p90(self) -> float:
+        """Nine tenths of the samples lie below."""
+        return self.quantile(0.9)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no timing."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How much time a cell may take.
+
+    Attributes:
+        rounds: at most so many samples of a candidate.
+        seconds: that all candidates of a cell should stay within, warm-up aside.
+        sample: seconds that one sample lasts at least, in calls.
+        slow: a candidate whose call takes longer gets two samples only.
+        settle: seconds of rest before a turn, in which another's threads stop spinning.
+    """
+
+    rounds: int = 15
+    seconds: float = 2.0
+    sample: float = 1e-3
+    slow: float = 1.0
+    settle: float = 0.0
+
+
+def take_turns(candidates: list[Candidate], pace: Pace) -> dict[str, Timing | Failure]:
+    """Time the candidates, one sample each a round, the first of a round the last of the next.
+
+    A candidate that raises is reported with its error; the others go on.
+    """
+    results: dict[str, Timing | Failure] = {}
+    costs: dict[str, float] = {}
+    running: list[Candidate] = []
+    with _no_collections():
+        for candidate in candidates:
+            try:
+                results[candidate.name], costs[candidate.name] = _try_out(candidate, pace)
+                running.append(candidate)
+            except Exception as error:  # a peer may raise anything
+                results[candidate.name] = Failure(first_line(error))
+        rounds = _rounds(running, results, costs, pace)
+        for index in range(max(rounds.values(), default=0)):
+            shift = index % len(running)
+            for candidate in running[shift:] + running[:shift]:
+                if index < rounds[candidate.name]:
+                    _sample(candidate, results[candidate.name], pace)
+    return results
+
+
+def _try_out(candidate: Candidate, pace: Pace) -> tuple[Timing, float]:
+    """A timing without samples but with its number of calls, and the seconds of one turn."""
+    _begin(candidate, pace)
+    first = _time(candidate.call, 1)
+    if first > pace.slow:
+        return Timing([first]), first
+    once = _time(candidate.call, 1)
+    calls = max(1, int(np.ceil(pace.sample / max(once, 1e-9))))
+    once = _time(candidate.call, calls)
+    calls = max(1, int(np.ceil(pace.sample / max(once, 1e-9))))
+    return Timing(calls=calls), once * calls + (once if once < WARM_BELOW else 0) + pace.settle
+
+
+def _rounds(
+    running: list[Candidate], results: dict, costs: dict[str, float], pace: Pace
+) -> dict[str, int]:
+    """Rounds of each candidate: as many as the seconds allow, one more sample for slow ones."""
+    slow = {c.name for c in running if results[c.name].samples}
+    turn = sum(cost for name, cost in costs.items() if name not in slow)
+    fitting = int(pace.seconds / turn) if turn > 0 else pace.rounds
+    usual = min(pace.rounds, max(MIN_ROUNDS, fitting))
+    return {c.name: min(1, usual) if c.name in slow else usual for c in running}
+
+
+def _sample(candidate: Candidate, timing: Timing, pace: Pace) -> None:
+    _begin(candidate, pace)
+    if not timing.samples or timing.samples[-1] < WARM_BELOW:
+        candidate.call()
+    timing.samples.append(_time(candidate.call, timing.calls))
+
+
+def _begin(candidate: Candidate, pace: Pace) -> None:
+    if candidate.enter is not None:
+        candidate.enter()
+    if pace.settle:
+        time.sleep(pace.settle)
+
+
+def _time(call: Callable[[], object], calls: int) -> float:
+    """Seconds a call."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return (time.perf_counter() - start) / calls
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error, for a table."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:160]
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keep the garbage collector out of the samples."""
+    gc.collect()
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
