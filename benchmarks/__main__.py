@@ -11,15 +11,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import machine, session
+from benchmarks.bench_backward import run_backward
 from benchmarks.bench_linear import run_linear
+from benchmarks.bench_model import run_model
 from benchmarks.bench_overhead import run_overhead
+from benchmarks.bench_pack import run_pack
 from benchmarks.bench_quantize import run_quantize
 from benchmarks.session import SECTIONS, Session, Settings
 
 RUNNERS: dict[str, Callable[[Session], None]] = {
     "linear": run_linear,
+    "backward": run_backward,
     "quantize": run_quantize,
+    "pack": run_pack,
     "overhead": run_overhead,
+    "model": run_model,
 }
 
 
@@ -32,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     run.say(machine.line(run.results.machine))
     run.say(command)
     for section in SECTIONS:
-        if section in run.settings.sections and section in RUNNERS:
+        if section in run.settings.sections:
             RUNNERS[section](run)
     _finish(run, options)
     return 0

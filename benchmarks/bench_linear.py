@@ -8,17 +8,13 @@ from functools import partial
 
 import torch
 
-from benchmarks import machine
-from benchmarks.formulas import LinearProblem, cache_level, limit_of
+from benchmarks.gauge import OURS, Gauge
 from benchmarks.harness import Candidate, Failure, first_line, take_turns
-from benchmarks.limits import Limits, arithmetic, vector_set
 from benchmarks.peers import BASELINE, Map, Peer, Problem, installed, quiet
 from benchmarks.records import Row, add_ratios
 from benchmarks.session import Session, Shape, any_isa, shape_name, threads_of_torch
 from benchmarks.tables import print_cells
 from quantization import QWQALinearLayer, set_isa
-
-OURS = "ours "
 
 
 @dataclass
@@ -129,12 +125,12 @@ def _run_threads(
 ) -> Iterator[Row]:
     """Rows of all cells of a weight on a number of threads; the limits are the best of them all."""
     settings, rows = session.settings, []
-    gauge = _Gauge(session.limits, race, threads)
+    gauge = Gauge(session.limits, race.layer, race.problem.dtype, threads, settings.isas)
     for tokens in settings.tokens:
-        gauge.measure(settings.isas)
+        gauge.measure()
         rows += _cell(session, race, contenders, failures, threads, tokens)
         session.advance(f"{race.problem.dtype} M={tokens}")
-    gauge.measure(settings.isas)
+    gauge.measure()
     for row in rows:
         gauge.judge(row)
         yield row
@@ -191,42 +187,3 @@ def _judge_output(row: Row, contender: Contender, race: Race, tokens: int) -> No
 def relative(out: torch.Tensor, truth: torch.Tensor) -> float:
     """Norm of the difference over the norm of the truth."""
     return float((out - truth).norm() / truth.norm())
-
-
-class _Gauge:
-    """The limits of one weight on a number of threads: measured between the cells, best kept."""
-
-    def __init__(self, limits: Limits | None, race: Race, threads: int) -> None:
-        self.limits, self.race, self.threads = limits, race, threads
-        self.bandwidth = 0.0
-        self.peaks: dict[str, float] = {}
-
-    def measure(self, isas: tuple[str, ...]) -> None:
-        """Sharpen what is known."""
-        if self.limits is None:
-            return
-        size = self.race.layer.int8_weights.nbytes
-        self.bandwidth = self.limits.read(size, self.threads)
-        names = self.limits.names
-        for isa in isas:
-            for loops in {arithmetic(isa, self.race.problem.dtype, names), vector_set(isa, names)}:
-                self.peaks[loops] = self.limits.flops(loops, self.threads)
-
-    def judge(self, row: Row) -> None:
-        """Give a row of ours its fraction of the limit."""
-        if self.limits is None or row.kind != "ours" or not row.timing:
-            return
-        isa, names = row.candidate.removeprefix(OURS), self.limits.names
-        loops, vectors = arithmetic(isa, row.case["dtype"], names), vector_set(isa, names)
-        scales = self.race.layer.scales
-        out_features, in_features = self.race.problem.weight.shape
-        size = scales.element_size()
-        problem = LinearProblem(out_features, in_features, row.case["tokens"], size, size)
-        limit = limit_of(problem.traffic, problem.flops, self.bandwidth, self.peaks[loops])
-        row.values |= {"limit": limit.seconds, "bound": limit.bound, "peak": loops}
-        row.values["fraction"] = limit.seconds / row.median
-        if loops != vectors:
-            plain = limit_of(problem.traffic, problem.flops, self.bandwidth, self.peaks[vectors])
-            row.values["fraction_fma"] = plain.seconds / row.median
-        sizes = self.race.layer.int8_weights.nbytes
-        row.values["level"] = cache_level(sizes, self.threads, machine.caches())

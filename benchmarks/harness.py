@@ -7,6 +7,7 @@ weights stand in the cache level that can hold them, for every candidate alike.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,10 +124,10 @@ def _try_out(candidate: Candidate, pace: Pace) -> tuple[Timing, float]:
     first = _time(candidate.call, 1)
     if first > pace.slow:
         return Timing([first]), first
-    once = _time(candidate.call, 1)
-    calls = max(1, int(np.ceil(pace.sample / max(once, 1e-9))))
-    once = _time(candidate.call, calls)
-    calls = max(1, int(np.ceil(pace.sample / max(once, 1e-9))))
+    once, calls = _time(candidate.call, 1), 1
+    while once * calls < pace.sample:
+        calls = max(calls + 1, math.ceil(pace.sample / max(once, 1e-9)))
+        once = _time(candidate.call, calls)
     return Timing(calls=calls), once * calls + (once if once < WARM_BELOW else 0) + pace.settle
 
 

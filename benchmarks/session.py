@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ class Settings:
         rounds: at most so many samples.
         seconds: of a cell, all candidates together.
         longest: a call expected to take longer than so many seconds is not run.
+        sample: seconds that a sample lasts at least.
     """
 
     sections: tuple[str, ...]
@@ -58,11 +58,12 @@ class Settings:
     rounds: int
     seconds: float
     longest: float = 4.0
+    sample: float = 1e-3
 
     def pace(self, threads: int, share: float = 1.0) -> Pace:
         """How long a cell may take, given its number of threads."""
         settle = SETTLE if threads > 1 else 0.0
-        return Pace(self.rounds, self.seconds * share, settle=settle)
+        return Pace(self.rounds, self.seconds * share, self.sample, settle=settle)
 
 
 def fast_isas() -> tuple[str, ...]:
@@ -98,7 +99,7 @@ def smoke(threads: tuple[int, ...]) -> Settings:
     return Settings(
         SECTIONS[:-1], ((64, 96), (33, 65)), (1, 5), (3,),
         matrix=(64, 128), widths=(1, 3, 4, 8), reply=0, prompt=0,
-        rounds=3, seconds=0.02, longest=0.5, **common,
+        rounds=3, seconds=0.02, longest=0.5, sample=1e-4, **common,
     )  # fmt: skip
 
 
@@ -111,7 +112,7 @@ class Session:
         self.limits: Limits | None = None
         self._bar: Any = None
         try:
-            self.limits = Limits()
+            self.limits = Limits(milliseconds=4 * settings.sample / 1e-3)
         except LimitsError as error:
             self.results.absent["limits"] = str(error)
 
@@ -130,7 +131,7 @@ class Session:
         except ImportError:
             yield self
             return
-        self._bar = tqdm(total=cells, desc=section, leave=False, file=sys.stderr, mininterval=1)
+        self._bar = tqdm(total=cells, desc=section, leave=False, disable=None, mininterval=1)
         try:
             yield self
         finally:

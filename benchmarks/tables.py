@@ -75,6 +75,8 @@ COLUMNS = (
     Column("GFLOP/s", _value("gflops", three_digits)),
     Column("GB/s", _value("gbytes", three_digits)),
     Column("tokens/s", _value("tokens_per_second", three_digits)),
+    Column("of zero-cost", _value("of_zero_cost", lambda v: f"{v:.2f}")),
+    Column("vs same float", _value("of_float", lambda v: f"{v:.2f}x")),
     Column("error", _value("error", lambda v: f"{v:.1e}")),
     Column("of its codes", _value("rounding", lambda v: f"{v:.1e}")),
     Column("exact", _value("exact", lambda v: "yes" if v else "NO")),
