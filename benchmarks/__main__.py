@@ -17,7 +17,11 @@ from benchmarks.bench_model import run_model
 from benchmarks.bench_overhead import run_overhead
 from benchmarks.bench_pack import run_pack
 from benchmarks.bench_quantize import run_quantize
+from benchmarks.report import markdown, summary_grid
+from benchmarks.roofline import PlotError, plot
 from benchmarks.session import SECTIONS, Session, Settings
+from benchmarks.summary import Verdict, summarize
+from benchmarks.tables import print_columns
 
 RUNNERS: dict[str, Callable[[Session], None]] = {
     "linear": run_linear,
@@ -61,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=_numbers, help="rows of activations, such as 1,16")
     parser.add_argument("--rounds", type=int, help="samples of a candidate, at most")
     parser.add_argument("--seconds", type=float, help="of a cell, all candidates together")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="every number")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables and the summary")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="the roofline (matplotlib)")
     return parser
 
 
@@ -83,11 +89,19 @@ def _settings(options: argparse.Namespace) -> Settings:
 
 
 def _finish(run: Session, options: argparse.Namespace) -> None:
-    results = run.results
+    """Print the summary, and write the files that are asked for."""
+    results, best_isa = run.results, run.settings.isas[0]
     if run.limits:
         results.limits = run.limits.best()
-    for name, reason in results.absent.items():
-        run.say(f"not measured: {name}: {reason}")
+    verdicts = summarize(results, best_isa, run.settings.are_small)
+    if options.plot:
+        try:
+            plot(results, options.plot)
+        except PlotError as error:
+            results.absent["plot"] = str(error)
+    _print_summary(run, verdicts)
+    if options.markdown:
+        options.markdown.write_text(markdown(results, verdicts, best_isa))
     if options.json:
         entry: dict[str, Any] = {
             "command": results.command,
@@ -95,9 +109,23 @@ def _finish(run: Session, options: argparse.Namespace) -> None:
             "settings": dataclasses.asdict(run.settings),
             "limits": results.limits,
             "absent": results.absent,
+            "summary": [verdict.to_dict() for verdict in verdicts],
             "rows": [row.to_dict() for row in results.rows],
         }
         options.json.write_text(json.dumps(entry, indent=1) + "\n")
+
+
+def _print_summary(run: Session, verdicts: list[Verdict]) -> None:
+    run.say(f"\n== figures, on {machine.line(run.results.machine)}")
+    if verdicts:
+        print_columns(run.say, *summary_grid(verdicts))
+    for verdict in verdicts:
+        if verdict.missed:
+            run.say(f"\nmissed, {verdict.title}:")
+            for text in verdict.missed:
+                run.say(f"  {text}")
+    for name, reason in run.results.absent.items():
+        run.say(f"not measured: {name}: {reason}")
 
 
 # ---- what the arguments look like ------------------------------------------------------------

@@ -10,7 +10,7 @@ import torch
 from benchmarks.bench_linear import relative
 from benchmarks.gauge import OURS, Gauge
 from benchmarks.harness import Candidate, Failure, first_line, take_turns
-from benchmarks.peers import BASELINE, Peer, Problem, installed, quiet
+from benchmarks.peers import BASELINE, Map, Peer, Problem, attempt, installed, quiet
 from benchmarks.records import Row, add_ratios
 from benchmarks.session import Session, Shape, any_isa, shape_name, threads_of_torch
 from benchmarks.tables import print_cells
@@ -36,10 +36,7 @@ def _run_weight(session: Session, peers: list[Peer], shape: Shape, dtype: str) -
     weight = torch.randn(shape, generator=generator) / shape[1] ** 0.5
     problem = Problem(weight, dtype)
     layer = QWQALinearLayer.from_float(problem.linear())
-    maps: dict[str, tuple[str, Callable]] = {}
-    for peer in peers:
-        if peer.why_not(problem) is None:
-            maps[peer.name] = (peer.kind, peer.build(problem, 1))
+    maps = {p.name: (p.kind, attempt(p, problem, 1)) for p in peers if not p.why_not(problem)}
     for threads in session.settings.threads:
         gauge = Gauge(
             session.limits, layer, dtype, threads, session.settings.isas, is_backward=True
@@ -61,7 +58,7 @@ def _cell(
     session: Session,
     problem: Problem,
     layer: QWQALinearLayer,
-    maps: dict[str, tuple[str, Callable]],
+    maps: dict[str, tuple[str, Map | Failure]],
     threads: int,
     tokens: int,
 ) -> list[Row]:
@@ -71,12 +68,14 @@ def _cell(
     truth = grad.double() @ problem.weight.double()
     case = {"shape": shape_name((out_features, in_features)), "dtype": problem.dtype}
     case |= {"threads": threads, "tokens": tokens}
-    candidates, failures = [], {}
+    candidates, failures = [], []
     for name, (kind, apply) in maps.items():
         try:
+            if isinstance(apply, Failure):
+                raise RuntimeError(apply.reason)
             candidates.append(Candidate(name, kind, _gradient(apply, problem, grad)))
         except Exception as error:  # a peer may raise anything
-            failures[name] = Row.of("backward", case, name, kind, Failure(first_line(error)))
+            failures.append(Row.of("backward", case, name, kind, Failure(first_line(error))))
     call = _gradient(layer, problem, grad)
     ours = [
         Candidate(OURS + isa, "ours", call, partial(set_isa, isa)) for isa in session.settings.isas
@@ -93,7 +92,7 @@ def _cell(
             row.values["gflops"] = 2 * tokens * problem.weight.numel() / row.median / 1e9
         rows.append(row)
     add_ratios(rows, BASELINE)
-    return rows + list(failures.values())
+    return rows + failures
 
 
 def _gradient(apply: Callable, problem: Problem, grad: torch.Tensor) -> Callable[[], tuple]:

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 
 from benchmarks.gauge import OURS, Gauge
-from benchmarks.harness import Candidate, Failure, first_line, take_turns
-from benchmarks.peers import BASELINE, Map, Peer, Problem, installed, quiet
+from benchmarks.harness import Candidate, Failure, take_turns
+from benchmarks.peers import BASELINE, Map, Peer, Problem, attempt, installed, quiet
 from benchmarks.records import Row, add_ratios
 from benchmarks.session import Session, Shape, any_isa, shape_name, threads_of_torch
 from benchmarks.tables import print_cells
@@ -100,20 +100,13 @@ def _contenders(
             continue
         key = peer.name if not peer.per_threads else f"{peer.name} {threads}"
         if key not in shared:
-            shared[key] = _build(peer, race.problem, threads)
+            shared[key] = attempt(peer, race.problem, threads)
         built = shared[key]
         if isinstance(built, Failure):
             failures[peer.name] = (peer.kind, built.reason)
         else:
             found.append(Contender(peer.name, peer.kind, built))
     return found[:1] + ours + found[1:], failures
-
-
-def _build(peer: Peer, problem: Problem, threads: int) -> Map | Failure:
-    try:
-        return peer.build(problem, threads)
-    except Exception as error:  # a peer may raise anything
-        return Failure(first_line(error))
 
 
 def _run_threads(

@@ -18,6 +18,7 @@ from importlib import metadata
 import torch
 from torch import nn
 
+from benchmarks.harness import Failure, first_line
 from benchmarks.peer_ggml import ggml_linear
 
 Map = Callable[[torch.Tensor], torch.Tensor]
@@ -247,6 +248,14 @@ def installed() -> tuple[list[Peer], dict[str, str]]:
         peer.name: f"{peer.package} is not installed" for peer in PEERS if peer.version is None
     }
     return present, absent
+
+
+def attempt(peer: Peer, problem: Problem, threads: int) -> Map | Failure:
+    """The peer's map of a problem, or why it cannot be built."""
+    try:
+        return peer.build(problem, threads)
+    except Exception as error:  # a peer may raise anything
+        return Failure(first_line(error))
 
 
 @contextmanager

@@ -42,6 +42,7 @@ class Settings:
         seconds: of a cell, all candidates together.
         longest: a call expected to take longer than so many seconds is not run.
         sample: seconds that a sample lasts at least.
+        are_small: whether the shapes are too small for speeds to mean anything.
     """
 
     sections: tuple[str, ...]
@@ -59,6 +60,7 @@ class Settings:
     seconds: float
     longest: float = 4.0
     sample: float = 1e-3
+    are_small: bool = False
 
     def pace(self, threads: int, share: float = 1.0) -> Pace:
         """How long a cell may take, given its number of threads."""
@@ -99,7 +101,7 @@ def smoke(threads: tuple[int, ...]) -> Settings:
     return Settings(
         SECTIONS[:-1], ((64, 96), (33, 65)), (1, 5), (3,),
         matrix=(64, 128), widths=(1, 3, 4, 8), reply=0, prompt=0,
-        rounds=3, seconds=0.02, longest=0.5, sample=1e-4, **common,
+        rounds=3, seconds=0.02, longest=0.5, sample=1e-4, are_small=True, **common,
     )  # fmt: skip
 
 
