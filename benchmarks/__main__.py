@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import quantization
 from benchmarks import machine, session
 from benchmarks.bench_backward import run_backward
 from benchmarks.bench_linear import run_linear
@@ -58,12 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     extent.add_argument("--full", action="store_true", help="every cell, and the language model")
     extent.add_argument("--smoke", action="store_true", help="tiny shapes, in seconds")
     parser.add_argument("--only", type=_list_of(SECTIONS), help=f"out of {','.join(SECTIONS)}")
-    parser.add_argument("--isa", type=_names, help="instruction sets to force; reference too")
+    parser.add_argument("--isa", type=_isas, help="instruction sets to force; reference too")
     parser.add_argument("--threads", type=_threads, help="such as 1,all (the default)")
     parser.add_argument("--dtype", type=_list_of(("float32", "bfloat16", "float16")))
     parser.add_argument("--shape", type=_shapes, help="out x in, such as 4096x4096,768x768")
     parser.add_argument("--tokens", type=_numbers, help="rows of activations, such as 1,16")
-    parser.add_argument("--rounds", type=int, help="samples of a candidate, at most")
+    parser.add_argument("--rounds", type=_number, help="samples of a candidate, at most")
     parser.add_argument("--seconds", type=float, help="of a cell, all candidates together")
     parser.add_argument("--json", type=Path, metavar="FILE", help="every number")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables and the summary")
@@ -145,18 +146,31 @@ def _list_of(allowed: tuple[str, ...]) -> Callable[[str], tuple[str, ...]]:
     return parse
 
 
+def _isas(text: str) -> tuple[str, ...]:
+    return _list_of(quantization.isas())(text)
+
+
+def _number(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of 1 or more")
+    return int(text)
+
+
 def _numbers(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in _names(text))
+    return tuple(_number(part) for part in _names(text))
 
 
 def _threads(text: str) -> tuple[int, ...]:
-    numbers = (machine.cores() if part == "all" else int(part) for part in _names(text))
+    numbers = (machine.cores() if part == "all" else _number(part) for part in _names(text))
     return tuple(dict.fromkeys(numbers))
 
 
-def _shapes(text: str) -> tuple[tuple[int, int], ...]:
-    pairs = (part.lower().split("x") for part in _names(text))
-    return tuple((int(out_features), int(in_features)) for out_features, in_features in pairs)
+def _shapes(text: str) -> tuple[session.Shape, ...]:
+    pairs = [part.lower().split("x") for part in _names(text)]
+    for pair in pairs:
+        if len(pair) != 2:
+            raise argparse.ArgumentTypeError(f"{'x'.join(pair)!r} is no shape: write 4096x11008")
+    return tuple((_number(rows), _number(columns)) for rows, columns in pairs)
 
 
 if __name__ == "__main__":

@@ -110,6 +110,7 @@ class GgmlLinear:
         return codes
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """The product; its graph is made at the first call for a number of tokens."""
         tokens = x.shape[0]
         call = self.calls.get(tokens)
         if call is None:

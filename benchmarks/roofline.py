@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-from benchmarks.gauge import OURS
-from benchmarks.peers import BASELINE
 from benchmarks.records import Results, Row, cells
 
-LOOK = {"float": ("s", "0.35"), "W8A16": ("v", "0.6"), "W8A8": ("x", "0.75")}
+MARKERS = {"float": "s", "ours": "o", "W8A16": "v", "W8A8": "x"}
 
 
 class PlotError(Exception):
@@ -69,29 +69,28 @@ def _panels(results: Results) -> dict[str, list[Row]]:
 def _draw(axis, title: str, rows: list[Row]) -> None:
     limited = [row for row in rows if "traffic" in row.values]
     intensity = {row.case["tokens"]: row.values["flops"] / row.values["traffic"] for row in limited}
-    for name in dict.fromkeys(row.candidate for row in limited):
-        own = sorted(
-            (intensity[row.case["tokens"]], row.values["flops"] / row.values["limit"] / 1e9)
-            for row in limited
-            if row.candidate == name
-        )
-        axis.plot(*zip(*own, strict=True), lw=1, color="0.2", ls="--", zorder=1)
-    for name in dict.fromkeys(row.candidate for row in rows):
-        points = [
-            (intensity[row.case["tokens"]], row.values["flops"] / row.median / 1e9)
+
+    def line(name: str, seconds: Callable[[Row], float], **look: Any) -> Any:
+        points = sorted(
+            (intensity[row.case["tokens"]], row.values["flops"] / seconds(row) / 1e9)
             for row in rows
             if row.candidate == name
-        ]
-        kind = next(row.kind for row in rows if row.candidate == name)
-        marker, colour = LOOK.get(kind, ("o", None))
-        is_main = name.startswith(OURS) or name == BASELINE
-        axis.plot(
-            *zip(*points, strict=True), marker=marker, ms=5 if is_main else 3.5, color=colour,
-            lw=1.4 if is_main else 0.6, label=f"{name} ({kind})" if kind == "W8A8" else name,
+        )
+        return axis.plot(*zip(*points, strict=True), **look)[0]
+
+    kinds = {row.candidate: row.kind for row in rows}
+    for name, kind in kinds.items():
+        is_main = kind in ("ours", "float")
+        drawn = line(
+            name, lambda row: row.median, marker=MARKERS[kind], ms=5 if is_main else 4,
+            lw=1.6 if is_main else 0.7, color="0.2" if kind == "float" else None,
+            ls=":" if kind == "W8A8" else "-", label=f"{name} (W8A8)" if kind == "W8A8" else name,
         )  # fmt: skip
+        if kind == "ours":
+            line(name, lambda row: row.values["limit"], lw=1, ls="--", color=drawn.get_color())
     axis.set(
         xscale="log", yscale="log", title=title, ylabel="GFLOP/s",
-        xlabel="operations a byte of int8 traffic (dashed: the limit)",
+        xlabel="operations a byte of int8 traffic (dashed: the limit of the same colour)",
     )  # fmt: skip
     axis.grid(True, which="both", lw=0.3)
     axis.legend(fontsize=6.5)

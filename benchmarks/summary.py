@@ -12,6 +12,7 @@ from benchmarks.tables import heading
 
 Cell = list[Row]
 Test = Callable[[Row, Cell], tuple[float, float] | None]  # (value, the least it should be)
+Bound = Callable[[Row], float | None]
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def _tested(figure: Figure, cell: Cell) -> Iterator[tuple[Row, float, float]]:
 # ---- how a value is found --------------------------------------------------------------------
 
 
-def _reaches(bound: Callable[[Row], float | None], value: str = "fraction") -> Test:
+def _reaches(bound: Bound, value: str = "fraction") -> Test:
     """A value of the row against a bound that depends on its case; no bound: not meant."""
 
     def test(row: Row, cell: Cell) -> tuple[float, float] | None:
@@ -121,14 +122,14 @@ def _named(name: str) -> Callable[[Row], bool]:
 
 
 def _figures(best: str) -> list[Figure]:
-    speed = [*_linear_figures(best), *_avx2_figures(), *_stream_figures(best), *_call_figures()]
-    return speed + _right_figures()
+    """All lines of the table; `best` is the candidate of the best instruction set."""
+    linear = [*_limit_figures(best), *_race_figures(best), *_avx2_figures()]
+    streams = [*_quantize_figures(best), *_pack_figures(best)]
+    return [*linear, *streams, *_call_figures(), *_right_figures()]
 
 
-def _linear_figures(best: str) -> list[Figure]:
-    def bound(
-        first: int, last: int, least: dict[str, float], on_all: float = 0.0
-    ) -> Callable[[Row], float | None]:
+def _limit_figures(best: str) -> list[Figure]:
+    def bound(first: int, last: int, least: dict[str, float], on_all: float = 0.0) -> Bound:
         def of(row: Row) -> float | None:
             if row.candidate != best or not first <= row.case["tokens"] <= last:
                 return None
@@ -137,13 +138,11 @@ def _linear_figures(best: str) -> list[Figure]:
 
         return of
 
-    def speedup(row: Row) -> float | None:
-        is_large = row.values.get("level") == "DRAM" and row.case["tokens"] == 1
-        if row.candidate != best or not is_large:
-            return None
-        return {"float32": 4.0, "bfloat16": 2.0}.get(row.case["dtype"])
+    def beyond_l2(inner: Bound) -> Bound:
+        return lambda row: None if row.values.get("level") == "L2" else inner(row)
 
     both = {"float32": 0.85, "bfloat16": 0.85}
+    many = {"float32": 0.90, "bfloat16": 0.85}
     return [
         Figure(
             "M=1: 0.85 of the limit on one thread, 0.80 on all",
@@ -151,7 +150,7 @@ def _linear_figures(best: str) -> list[Figure]:
         ),
         Figure(
             "M=2..32, float32, beyond L2: 0.85 of the limit",
-            "linear", _reaches(_beyond_l2(bound(2, 32, {"float32": 0.85}))),
+            "linear", _reaches(beyond_l2(bound(2, 32, {"float32": 0.85}))),
         ),
         Figure(
             "M=2..32, bfloat16: 0.70 of the limit",
@@ -159,8 +158,19 @@ def _linear_figures(best: str) -> list[Figure]:
         ),
         Figure(
             "M>=96: 0.90 of the limit in float32, 0.85 in bfloat16",
-            "linear", _reaches(bound(96, 10**9, {"float32": 0.90, "bfloat16": 0.85})),
+            "linear", _reaches(bound(96, 10**9, many)),
         ),
+    ]  # fmt: skip
+
+
+def _race_figures(best: str) -> list[Figure]:
+    def speedup(row: Row) -> float | None:
+        is_large = row.values.get("level") == "DRAM" and row.case["tokens"] == 1
+        if row.candidate != best or not is_large:
+            return None
+        return {"float32": 4.0, "bfloat16": 2.0}.get(row.case["dtype"])
+
+    return [
         Figure(
             "faster than nn.Linear of the same dtype",
             "linear", _beats(_named(BASELINE), 1.0, _named(best)), strict=True,
@@ -176,10 +186,6 @@ def _linear_figures(best: str) -> list[Figure]:
     ]  # fmt: skip
 
 
-def _beyond_l2(bound: Callable[[Row], float | None]) -> Callable[[Row], float | None]:
-    return lambda row: None if row.values.get("level") == "L2" else bound(row)
-
-
 def _avx2_figures() -> list[Figure]:
     def bound(row: Row) -> float | None:
         if row.candidate != f"{OURS}avx2" or 1 < row.case["tokens"] < 16:
@@ -190,28 +196,18 @@ def _avx2_figures() -> list[Figure]:
     return [Figure(title, "linear", _reaches(bound))]
 
 
-def _stream_figures(best: str) -> list[Figure]:
+def _quantize_figures(best: str) -> list[Figure]:
+    def is_meant(row: Row) -> bool:
+        is_quantize = row.case["way"] == "quantize" and row.case["dtype"] == "float32"
+        return row.candidate == best and is_quantize
+
     def quantize(row: Row) -> float | None:
-        if row.candidate != best or row.case["way"] != "quantize":
-            return None
-        if row.case["dtype"] != "float32":
-            return None
-        return 0.60 if row.case["granularity"] in ("column", "tensor") else 0.70
+        two_passes = row.case["granularity"] in ("column", "tensor")
+        return (0.60 if two_passes else 0.70) if is_meant(row) else None
 
-    def of_way(*ways: str) -> Callable[[Row], bool]:
-        return lambda row: row.candidate == best and row.case["way"] in ways
+    def dequantize(row: Row) -> float | None:
+        return 0.70 if row.candidate == best and row.case["way"] == "dequantize" else None
 
-    def narrow(row: Row) -> bool:
-        return row.candidate == best and row.case["bits"] in (2, 4)
-
-    def single(row: Row) -> bool:
-        is_down = row.case["layout"].endswith("dim 0") and row.case["way"] == "pack"
-        return row.candidate == best and row.case["bits"] == 1 and is_down
-
-    def always(test: Callable[[Row], bool], least: float) -> Callable[[Row], float | None]:
-        return lambda row: least if test(row) else None
-
-    expression = _named("torch expression")
     return [
         Figure(
             "quantize float32: 0.70 of the traffic limit (row, group), 0.60 (column, tensor)",
@@ -219,19 +215,28 @@ def _stream_figures(best: str) -> list[Figure]:
         ),
         Figure(
             "quantize float32: 20x the torch expression",
-            "quantize", _beats(expression, 20.0, lambda row: quantize(row) is not None),
+            "quantize", _beats(_named("torch expression"), 20.0, is_meant),
         ),
-        Figure(
-            "dequantize: 0.70 of the traffic limit",
-            "quantize", _reaches(always(of_way("dequantize"), 0.70)),
-        ),
+        Figure("dequantize: 0.70 of the traffic limit", "quantize", _reaches(dequantize)),
+    ]  # fmt: skip
+
+
+def _pack_figures(best: str) -> list[Figure]:
+    def narrow(row: Row) -> bool:
+        return row.candidate == best and row.case["bits"] in (2, 4)
+
+    def single(row: Row) -> bool:
+        is_down = row.case["layout"].endswith("dim 0") and row.case["way"] == "pack"
+        return row.candidate == best and row.case["bits"] == 1 and is_down
+
+    return [
         Figure(
             "pack and unpack: 0.70 of the traffic limit",
-            "pack", _reaches(always(of_way("pack", "unpack"), 0.70)),
+            "pack", _reaches(lambda row: 0.70 if row.candidate == best else None),
         ),
         Figure(
             "2 and 4 bits: faster than the torch expression",
-            "pack", _beats(expression, 1.0, narrow), strict=True,
+            "pack", _beats(_named("torch expression"), 1.0, narrow), strict=True,
         ),
         Figure(
             "1 bit along dim 0: 10x np.packbits",
@@ -241,7 +246,7 @@ def _stream_figures(best: str) -> list[Figure]:
 
 
 def _call_figures() -> list[Figure]:
-    def of_job(job: str, least: dict[str, float]) -> Callable[[Row], float | None]:
+    def of_job(job: str, least: dict[str, float]) -> Bound:
         def bound(row: Row) -> float | None:
             is_job = row.case["what"].startswith(job)
             return least.get(row.candidate) if is_job else None
