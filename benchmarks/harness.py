@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-MIN_ROUNDS = 3
+MIN_ROUNDS, SLOW_ROUNDS = 3, 2
 WARM_BELOW = 0.1  # seconds; a longer call is its own warm-up
 
 
@@ -81,7 +81,7 @@ class Pace:
 
     Attributes:
         rounds: at most so many samples of a candidate.
-        seconds: that all candidates of a cell should stay within, warm-up aside.
+        seconds: that all candidates of a cell should stay within; each has an equal share.
         sample: seconds that one sample lasts at least, in calls.
         slow: a candidate whose call takes longer gets two samples only.
         settle: seconds of rest before a turn, in which another's threads stop spinning.
@@ -97,49 +97,55 @@ class Pace:
 def take_turns(candidates: list[Candidate], pace: Pace) -> dict[str, Timing | Failure]:
     """Time the candidates, one sample each a round, the first of a round the last of the next.
 
-    A candidate that raises is reported with its error; the others go on.
+    A long call gets fewer samples than a short one, spread evenly over the rounds. A candidate that
+    raises is reported with its error; the others go on.
     """
     results: dict[str, Timing | Failure] = {}
-    costs: dict[str, float] = {}
+    wanted: dict[str, int] = {}
     running: list[Candidate] = []
     with _no_collections():
         for candidate in candidates:
             try:
-                results[candidate.name], costs[candidate.name] = _try_out(candidate, pace)
+                results[candidate.name], cost = _try_out(candidate, pace)
+                wanted[candidate.name] = _samples(cost, pace, len(candidates))
                 running.append(candidate)
             except Exception as error:  # a peer may raise anything
                 results[candidate.name] = Failure(first_line(error))
-        rounds = _rounds(running, results, costs, pace)
-        for index in range(max(rounds.values(), default=0)):
+        rounds = max(wanted.values(), default=0)
+        for index in range(rounds):
             shift = index % len(running)
             for candidate in running[shift:] + running[:shift]:
-                if index < rounds[candidate.name]:
-                    _sample(candidate, results[candidate.name], pace)
+                timing, share = results[candidate.name], wanted[candidate.name]
+                is_due = (index + 1) * share // rounds > index * share // rounds
+                if is_due and len(timing.samples) < share:
+                    _sample(candidate, timing, pace)
     return results
 
 
 def _try_out(candidate: Candidate, pace: Pace) -> tuple[Timing, float]:
-    """A timing without samples but with its number of calls, and the seconds of one turn."""
+    """A timing with its number of calls, and the seconds of one turn.
+
+    It has a sample already where a call is long: the second one, or the first if that was slow.
+    """
     _begin(candidate, pace)
-    first = _time(candidate.call, 1)
-    if first > pace.slow:
-        return Timing([first]), first
+    once = _time(candidate.call, 1)
+    if once > pace.slow:
+        return Timing([once]), once
     once, calls = _time(candidate.call, 1), 1
+    if once > WARM_BELOW:
+        return Timing([once]), once
     while once * calls < pace.sample:
         calls = max(calls + 1, math.ceil(pace.sample / max(once, 1e-9)))
         once = _time(candidate.call, calls)
-    return Timing(calls=calls), once * calls + (once if once < WARM_BELOW else 0) + pace.settle
+    return Timing(calls=calls), once * (calls + 1) + pace.settle
 
 
-def _rounds(
-    running: list[Candidate], results: dict, costs: dict[str, float], pace: Pace
-) -> dict[str, int]:
-    """Rounds of each candidate: as many as the seconds allow, one more sample for slow ones."""
-    slow = {c.name for c in running if results[c.name].samples}
-    turn = sum(cost for name, cost in costs.items() if name not in slow)
-    fitting = int(pace.seconds / turn) if turn > 0 else pace.rounds
-    usual = min(pace.rounds, max(MIN_ROUNDS, fitting))
-    return {c.name: min(1, usual) if c.name in slow else usual for c in running}
+def _samples(cost: float, pace: Pace, candidates: int) -> int:
+    """How many samples of a turn's cost fit into a candidate's share of the seconds."""
+    if cost > pace.slow:
+        return min(SLOW_ROUNDS, pace.rounds)
+    fitting = int(pace.seconds / candidates / max(cost, 1e-9))
+    return min(pace.rounds, max(MIN_ROUNDS, fitting))
 
 
 def _sample(candidate: Candidate, timing: Timing, pace: Pace) -> None:

@@ -66,6 +66,19 @@ def test_short_calls_are_repeated_and_slow_ones_are_not() -> None:
     assert results["slow"].median >= 0.02 > results["quick"].p90
 
 
+def test_a_long_call_gets_fewer_samples_spread_over_the_rounds() -> None:
+    import time
+
+    log: list[str] = []
+    short = Candidate("short", "ours", lambda: log.append("s"))
+    long = Candidate("long", "ours", lambda: (log.append("L"), time.sleep(0.005)))
+    results = take_turns([short, long], Pace(rounds=12, seconds=0.08, sample=0))
+    counts = {name: len(result.samples) for name, result in results.items()}
+    assert counts["short"] == 12 and 3 <= counts["long"] <= 4
+    text = "".join(log)[4:]
+    assert text.startswith("ss") and "LL" in text[len(text) // 2 :]
+
+
 def test_a_candidate_that_raises_is_reported_and_the_others_go_on() -> None:
     def broken() -> None:
         raise ValueError("no such luck\nand more")
