@@ -19,6 +19,9 @@ PACKAGE = ROOT / "quantization"
 
 C_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".c", ".h", ".inc"})
 PY_FILES = sorted(PACKAGE.rglob("*.py"))
+BENCH_FILES = sorted(
+    path for path in (ROOT / "benchmarks").iterdir() if path.suffix in {".py", ".c"}
+)
 
 KERNEL_SYSTEM = {"immintrin.h", "arm_neon.h", "string.h", "math.h", "stddef.h", "stdint.h"}
 KERNEL_SYSTEM |= {"float.h", "limits.h", "assert.h"}
@@ -153,10 +156,32 @@ def test_only_the_door_imports_the_extension() -> None:
             assert path.name in {"_native.py", "_torch_ops.py", "runtime.py"}, path.name
 
 
-@pytest.mark.parametrize("path", C_FILES + PY_FILES, ids=ids(C_FILES + PY_FILES))
+@pytest.mark.parametrize(
+    "path", C_FILES + PY_FILES + BENCH_FILES, ids=ids(C_FILES + PY_FILES + BENCH_FILES)
+)
 def test_files_can_be_read_in_one_sitting(path: Path) -> None:
     lines = len(path.read_text().splitlines())
     assert lines <= 400, f"{path.name} has {lines} lines: split it by responsibility"
+
+
+def test_the_benchmarks_stand_outside() -> None:
+    """They use the package as anyone may; the package knows nothing of them."""
+    for path in BENCH_FILES:
+        if path.suffix == ".py":
+            reached = _imports(path) & set(FLOORS)
+            assert reached <= {"model_sources"}, f"{path.name} reaches into {reached}"
+    for path in PY_FILES:
+        assert "benchmarks" not in path.read_text(), f"{path.name} names the benchmarks"
+
+
+def test_functions_of_the_benchmarks_are_short() -> None:
+    for path in BENCH_FILES:
+        if path.suffix != ".py":
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                lines = (node.end_lineno or 0) - node.lineno
+                assert lines < 60, f"{path.name}: {node.name} has {lines} lines"
 
 
 def test_file_names_are_unique_in_the_c_tree() -> None:

@@ -1,0 +1,288 @@
+"""Which figures are reached: each cell by itself, the missed ones named, nothing averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from benchmarks.gauge import OURS
+from benchmarks.peers import BASELINE
+from benchmarks.records import Results, Row, cells
+from benchmarks.tables import heading
+
+Cell = list[Row]
+Test = Callable[[Row, Cell], tuple[float, float] | None]  # (value, the least it should be)
+Bound = Callable[[Row], float | None]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A line of the table of figures.
+
+    Attributes:
+        title: what it asks for.
+        section: whose rows it looks at.
+        test: value and bound of a row of ours, or None where the figure does not speak of it.
+        strict: whether the value must be above the bound, not at least as large.
+    """
+
+    title: str
+    section: str
+    test: Test
+    strict: bool = False
+
+
+@dataclass
+class Verdict:
+    """What became of a figure.
+
+    Attributes:
+        title: of the figure.
+        cells: how many it speaks of.
+        missed: those that fall short, each with its value and the bound.
+    """
+
+    title: str
+    cells: int = 0
+    missed: list[str] = field(default_factory=list)
+
+    @property
+    def reached(self) -> int:
+        """How many cells are good enough."""
+        return self.cells - len(self.missed)
+
+    def to_dict(self) -> dict:
+        """Plain values for JSON."""
+        return {
+            "figure": self.title, "cells": self.cells, "reached": self.reached,
+            "missed": self.missed,
+        }  # fmt: skip
+
+
+def summarize(results: Results, best_isa: str, are_small: bool = False) -> list[Verdict]:
+    """A verdict on every figure that this run has cells for.
+
+    Where the shapes are too small for a speed to mean anything, only whether results are right.
+    """
+    figures = _right_figures() if are_small else _figures(OURS + best_isa)
+    verdicts = [_judge(figure, results) for figure in figures]
+    return [verdict for verdict in verdicts if verdict.cells]
+
+
+def _judge(figure: Figure, results: Results) -> Verdict:
+    verdict = Verdict(figure.title)
+    for cell in cells(results.of(figure.section)):
+        for row, value, bound in _tested(figure, cell):
+            verdict.cells += 1
+            if not (value > bound if figure.strict else value >= bound):
+                who = "" if row.section == "linear" else f"{row.candidate}, "
+                verdict.missed.append(f"{who}{heading(row)}: {value:.2f} (asked {bound:g})")
+    return verdict
+
+
+def _tested(figure: Figure, cell: Cell) -> Iterator[tuple[Row, float, float]]:
+    for row in cell:
+        if row.kind == "ours" and row.timing:
+            pair = figure.test(row, cell)
+            if pair is not None:
+                yield row, *pair
+
+
+# ---- how a value is found --------------------------------------------------------------------
+
+
+def _reaches(bound: Bound, value: str = "fraction") -> Test:
+    """A value of the row against a bound that depends on its case; no bound: not meant."""
+
+    def test(row: Row, cell: Cell) -> tuple[float, float] | None:
+        least = bound(row)
+        return None if least is None or value not in row.values else (row.values[value], least)
+
+    return test
+
+
+def _beats(wanted: Callable[[Row], bool], bound: float, applies: Callable[[Row], bool]) -> Test:
+    """How many times faster than the fastest of some others in the cell.
+
+    One that was too slow to run counts with the time that it was expected to take.
+    """
+
+    def test(row: Row, cell: Cell) -> tuple[float, float] | None:
+        others = [o.values.get("expected") or o.median for o in cell if wanted(o)]
+        others = [seconds for seconds in others if seconds != float("inf")]
+        if not others or not applies(row):
+            return None
+        return min(others) / row.median, bound
+
+    return test
+
+
+def _named(name: str) -> Callable[[Row], bool]:
+    return lambda row: row.candidate == name
+
+
+def _figures(best: str) -> list[Figure]:
+    """All lines of the table; `best` is the candidate of the best instruction set."""
+    linear = [*_limit_figures(best), *_race_figures(best), *_avx2_figures()]
+    streams = [*_quantize_figures(best), *_pack_figures(best)]
+    return [*linear, *streams, *_call_figures(), *_right_figures()]
+
+
+def _limit_figures(best: str) -> list[Figure]:
+    def bound(first: int, last: int, least: dict[str, float], on_all: float = 0.0) -> Bound:
+        def of(row: Row) -> float | None:
+            if row.candidate != best or not first <= row.case["tokens"] <= last:
+                return None
+            asked = least.get(row.case["dtype"])
+            return on_all if asked and on_all and row.case["threads"] > 1 else asked
+
+        return of
+
+    def beyond_l2(inner: Bound) -> Bound:
+        return lambda row: None if row.values.get("level") == "L2" else inner(row)
+
+    both = {"float32": 0.85, "bfloat16": 0.85}
+    many = {"float32": 0.90, "bfloat16": 0.85}
+    return [
+        Figure(
+            "M=1: 0.85 of the limit on one thread, 0.80 on all",
+            "linear", _reaches(bound(1, 1, both, on_all=0.80)),
+        ),
+        Figure(
+            "M=2..32, float32, beyond L2: 0.85 of the limit",
+            "linear", _reaches(beyond_l2(bound(2, 32, {"float32": 0.85}))),
+        ),
+        Figure(
+            "M=2..32, bfloat16: 0.70 of the limit",
+            "linear", _reaches(bound(2, 32, {"bfloat16": 0.70})),
+        ),
+        Figure(
+            "M>=96: 0.90 of the limit in float32, 0.85 in bfloat16",
+            "linear", _reaches(bound(96, 10**9, many)),
+        ),
+    ]  # fmt: skip
+
+
+def _race_figures(best: str) -> list[Figure]:
+    def speedup(row: Row) -> float | None:
+        is_large = row.values.get("level") == "DRAM" and row.case["tokens"] == 1
+        if row.candidate != best or not is_large:
+            return None
+        return {"float32": 4.0, "bfloat16": 2.0}.get(row.case["dtype"])
+
+    return [
+        Figure(
+            "faster than nn.Linear of the same dtype",
+            "linear", _beats(_named(BASELINE), 1.0, _named(best)), strict=True,
+        ),
+        Figure(
+            "M=1, beyond L3: 4x nn.Linear in float32, 2x in bfloat16",
+            "linear", _reaches(speedup, "ratio"),
+        ),
+        Figure(
+            "faster than every W8A16 peer",
+            "linear", _beats(lambda row: row.kind == "W8A16", 1.0, _named(best)), strict=True,
+        ),
+    ]  # fmt: skip
+
+
+def _avx2_figures() -> list[Figure]:
+    def bound(row: Row) -> float | None:
+        if row.candidate != f"{OURS}avx2" or 1 < row.case["tokens"] < 16:
+            return None
+        return 0.80 if row.case["tokens"] == 1 else 0.75
+
+    title = "AVX2 forced: 0.80 of its own limit at M=1, 0.75 at M>=16"
+    return [Figure(title, "linear", _reaches(bound))]
+
+
+def _quantize_figures(best: str) -> list[Figure]:
+    def is_meant(row: Row) -> bool:
+        is_quantize = row.case["way"] == "quantize" and row.case["dtype"] == "float32"
+        return row.candidate == best and is_quantize
+
+    def quantize(row: Row) -> float | None:
+        two_passes = row.case["granularity"] in ("column", "tensor")
+        return (0.60 if two_passes else 0.70) if is_meant(row) else None
+
+    def dequantize(row: Row) -> float | None:
+        return 0.70 if row.candidate == best and row.case["way"] == "dequantize" else None
+
+    return [
+        Figure(
+            "quantize float32: 0.70 of the traffic limit (row, group), 0.60 (column, tensor)",
+            "quantize", _reaches(quantize),
+        ),
+        Figure(
+            "quantize float32: 20x the torch expression",
+            "quantize", _beats(_named("torch expression"), 20.0, is_meant),
+        ),
+        Figure("dequantize: 0.70 of the traffic limit", "quantize", _reaches(dequantize)),
+    ]  # fmt: skip
+
+
+def _pack_figures(best: str) -> list[Figure]:
+    def narrow(row: Row) -> bool:
+        return row.candidate == best and row.case["bits"] in (2, 4)
+
+    def single(row: Row) -> bool:
+        is_down = row.case["layout"].endswith("dim 0") and row.case["way"] == "pack"
+        return row.candidate == best and row.case["bits"] == 1 and is_down
+
+    return [
+        Figure(
+            "pack and unpack: 0.70 of the traffic limit",
+            "pack", _reaches(lambda row: 0.70 if row.candidate == best else None),
+        ),
+        Figure(
+            "2 and 4 bits: faster than the torch expression",
+            "pack", _beats(_named("torch expression"), 1.0, narrow), strict=True,
+        ),
+        Figure(
+            "1 bit along dim 0: 10x np.packbits",
+            "pack", _beats(_named("np.packbits"), 10.0, single),
+        ),
+    ]  # fmt: skip
+
+
+def _call_figures() -> list[Figure]:
+    def of_job(job: str, least: dict[str, float]) -> Bound:
+        def bound(row: Row) -> float | None:
+            is_job = row.case["what"].startswith(job)
+            return least.get(row.candidate) if is_job else None
+
+        return bound
+
+    def layer(row: Row) -> bool:
+        return row.candidate == "ours layer" and row.case["dtype"] == "float32"
+
+    ours = {"W8A16 float32": 2.2, "W8A16 bfloat16": 1.3}
+    zero = dict.fromkeys(ours, 0.75)
+    return [
+        Figure(
+            "greedy: 2.2x the float32 model, 1.3x the bfloat16 model",
+            "model", _reaches(of_job("greedy", ours), "of_float"),
+        ),
+        Figure(
+            "greedy: 0.75 of the model with linears that cost nothing",
+            "model", _reaches(of_job("greedy", zero), "of_zero_cost"),
+        ),
+        Figure(
+            "prefill: 1.5x the float32 model",
+            "model", _reaches(of_job("prefill", {"W8A16 float32": 1.5}), "of_float"),
+        ),
+        Figure(
+            "a call of 16x32, M=4, float32: no longer than nn.Linear's",
+            "overhead", _beats(_named(BASELINE), 1.0, layer),
+        ),
+    ]  # fmt: skip
+
+
+def _right_figures() -> list[Figure]:
+    return [
+        Figure(
+            "codes and numbers equal those of the torch expression",
+            "quantize", _reaches(lambda row: 1.0, "exact"),
+        ),
+        Figure("packed bytes and codes are right", "pack", _reaches(lambda row: 1.0, "exact")),
+    ]  # fmt: skip
