@@ -130,6 +130,22 @@ qk_status qk_linear_forward(void *y, const void *x, const qk_linear *linear)
     return run(&job, linear->in_features, qk_linear_scratch_bytes);
 }
 
+qk_status qk_choose_linear(qk_linear_choice *choice, const qk_linear *linear)
+{
+    const qk_kernels *kernels = qk_active_kernels();
+    QK_REQUIRE(qk_is_source(linear->x_dtype), QK_BAD_DTYPE);
+    QK_REQUIRE(linear->tokens && linear->out_features, QK_BAD_SHAPE);
+    qk_linear_plan plan = qk_plan_linear(linear->tokens, linear->out_features, linear->in_features,
+                                         kernels->linear_pack_tokens[linear->x_dtype]);
+    size_t threads = qk_ceil_div(plan.strips * plan.chunks, plan.grain);
+    *choice = (qk_linear_choice){.isa = qk_active_isa(), .is_packed = plan.is_packed};
+    choice->chunk = linear->tokens < plan.chunk ? linear->tokens : plan.chunk;
+    choice->threads = threads < qk_get_threads() ? threads : qk_get_threads();
+    kernels->linear_tile[linear->x_dtype](choice->chunk, plan.is_packed, &choice->tile_tokens,
+                                          &choice->tile_features);
+    return QK_OK;
+}
+
 qk_status qk_linear_backward(void *grad_x, const void *grad_y, const qk_linear *linear)
 {
     size_t x_bytes, y_bytes;

@@ -55,3 +55,20 @@ PyObject *qk_py_linear_backward(PyObject *module, PyObject *args)
     qk_status status;
     QK_RUN(qk_linear_backward(grad_x_data, grad_y_data, &linear));
 }
+
+PyObject *qk_py_choose_linear(PyObject *module, PyObject *args)
+{
+    (void)module;
+    qk_linear linear = {0};
+    qk_linear_choice choice;
+    int x_dtype;
+    if (!PyArg_ParseTuple(args, "nnni", &linear.tokens, &linear.out_features, &linear.in_features,
+                          &x_dtype))
+        return NULL;
+    linear.x_dtype = (qk_dtype)x_dtype;
+    qk_status status = qk_choose_linear(&choice, &linear);
+    if (status != QK_OK)
+        return qk_raise_status(status, 0);
+    return Py_BuildValue("(snnnnN)", choice.isa, choice.tile_tokens, choice.tile_features,
+                         choice.chunk, choice.threads, PyBool_FromLong(choice.is_packed));
+}

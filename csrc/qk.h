@@ -142,6 +142,16 @@ typedef struct qk_linear {
  * accumulator's type, then y is rounded once. */
 qk_status qk_linear_forward(void *y, const void *x, const qk_linear *linear);
 
+/* How a forward call would run now: only sizes and x_dtype of `linear` are read. */
+typedef struct qk_linear_choice {
+    const char *isa;
+    size_t tile_tokens, tile_features; /* sums that are kept in registers at a time */
+    int is_packed;  /* weights are converted once for all tokens of a chunk, else in each tile */
+    size_t chunk;   /* tokens that read the weights together */
+    size_t threads; /* at most */
+} qk_linear_choice;
+qk_status qk_choose_linear(qk_linear_choice *choice, const qk_linear *linear);
+
 /* grad_x [tokens][in_features] = (grad_y * scales) weights, from grad_y [tokens][out_features].
  * grad_y has y_dtype, grad_x has x_dtype; bias is not read. */
 qk_status qk_linear_backward(void *grad_x, const void *grad_y, const qk_linear *linear);

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from quantization.linear import quantized_forward
+    from quantization.linear import LinearKernel, linear_kernel, quantized_forward
     from quantization.linear_layer import (
         QWQALinearLayer,
         name_for_quantized_weight_buffer,
@@ -57,7 +57,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
-    "linear": ("quantized_forward",),
+    "linear": ("LinearKernel", "linear_kernel", "quantized_forward"),
     "linear_layer": ("QWQALinearLayer", "name_for_quantized_weight_buffer"),
     "linear_quantizer": (
         "PER_COLUMNS",
@@ -94,6 +94,7 @@ __all__ = [
     "PER_COLUMNS",
     "PER_ROWS",
     "Granularity",
+    "LinearKernel",
     "Mode",
     "Packing",
     "QWQALinearLayer",
@@ -111,6 +112,7 @@ __all__ = [
     "get_scale_and_zero_for",
     "group",
     "isas",
+    "linear_kernel",
     "name_for_quantized_weight_buffer",
     "pack_weights",
     "per_dim_scale_and_zero_for",

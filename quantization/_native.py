@@ -29,6 +29,7 @@ __all__ = [
     "Tensor",
     "as_tensor_like",
     "cast",
+    "choose_linear",
     "decode",
     "encode",
     "filled",
@@ -325,6 +326,13 @@ def linear(x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None = Non
         kernel(scales.dtype if bias is None else bias.dtype),
     )
     return as_tensor_like(y, dtype, x)
+
+
+def choose_linear(
+    tokens: int, out_features: int, in_features: int, dtype: DType
+) -> tuple[str, int, int, int, int, bool]:
+    """How such a call would run: isa, tile tokens and features, chunk, threads, packed or not."""
+    return _kernels.choose_linear(tokens, out_features, in_features, _kernel_number(dtype))
 
 
 def _kernel_number(dtype: Any) -> int:

@@ -7,6 +7,7 @@ importable from here too.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from torch import nn
 
 from quantization import _torch_ops
 from quantization.dtypes import index_of, name_of, source_of, target_of
-from quantization.linear import quantized_forward
+from quantization.linear import LinearKernel, linear_kernel, quantized_forward
 from quantization.linear_quantizer import Granularity, quantize_linear
 from quantization.module_walker import float_parts, is_conv1d
 from quantization.replacement import replace_linear_layers_with_w8a16
@@ -43,6 +44,7 @@ def name_for_quantized_weight_buffer(dtype: Any) -> str:
     return f"{target_of(dtype).name}_weights"
 
 
+_log = logging.getLogger(__name__)
 _CODES = name_for_quantized_weight_buffer("int8")
 _READ_ONLY = (
     "the weight of a quantized layer is computed from its int8 codes and cannot be assigned; "
@@ -202,6 +204,9 @@ per row, 768 bytes)
         self.bias = _bias_beside(scales, self.bias)
         self.int8_weights, self.scales = codes, scales
         self.out_features, self.in_features = codes.shape
+        if _log.isEnabledFor(logging.DEBUG) and codes.numel():
+            for tokens in (1, 128):
+                _log.debug("%s [%d, %d]: %s", name, *codes.shape, self.kernel(tokens))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input @ weight.T + bias`` in one native call, without making the float weight.
@@ -248,6 +253,24 @@ per row, 768 bytes)
         if name == "weight":
             raise AttributeError(_READ_ONLY)
         super().register_parameter(name, param)
+
+    def kernel(self, tokens: int = 1, dtype: torch.dtype | None = None) -> LinearKernel:
+        """What :meth:`forward` would run for so many rows of activations, on this CPU, now.
+
+        Args:
+            tokens: rows of activations, 1 or more.
+            dtype: of the activations; None: that of the layer.
+
+        Raises:
+            TypeError: for a dtype that is none of the kernels'.
+            ValueError: for fewer tokens than 1, or a layer without features.
+
+        Example:
+            >>> QWQALinearLayer(64, 64, dtype=torch.bfloat16).kernel(128).dtype
+            'bfloat16'
+        """
+        dtype = self.scales.dtype if dtype is None else dtype
+        return linear_kernel(tokens, self.out_features, self.in_features, dtype)
 
     @property
     def footprint(self) -> int:

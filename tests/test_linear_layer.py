@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import hashlib
 import io
 import math
 import os
@@ -694,3 +695,50 @@ def test_a_forked_child_can_run_the_layer() -> None:
         signal.alarm(30)
         os._exit(0 if (layer(x).view(torch.int16).numpy() == wanted).all() else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+def digest(layer: QWQALinearLayer) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, tensor in layer.state_dict().items()
+    }
+
+
+def test_no_use_of_a_layer_changes_its_buffers(tmp_path: Path) -> None:
+    """Forward in every form, training, saving, copying, compiling: the same bytes as before."""
+    layer = QWQALinearLayer.from_float(float_linear(dtype=torch.bfloat16))
+    before = digest(layer)
+    for tokens in (1, 5, 40):
+        layer(torch.randn(tokens, 24, dtype=torch.bfloat16, requires_grad=True)).sum().backward()
+    torch.save(layer.state_dict(), tmp_path / "layer.pt")
+    assert digest(copy.deepcopy(layer)) == before
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    compiled(torch.randn(3, 24, dtype=torch.bfloat16))
+    assert digest(layer) == before
+    again = QWQALinearLayer(24, 10, dtype=torch.bfloat16)
+    again.load_state_dict(torch.load(tmp_path / "layer.pt"))
+    assert digest(again) == before
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_forward_keeps_no_float_copy_of_the_weight() -> None:
+    layer = QWQALinearLayer(4096, 4096)  # 16 MiB of codes, 64 MiB as floats
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    with torch.no_grad():
+        for tokens in (1, 40):
+            layer(torch.randn(tokens, 4096))
+        before = resident()
+        for tokens in (1, 40, 40, 1):
+            layer(torch.randn(tokens, 4096))
+    assert resident() - before < 4 << 20
+
+
+def test_the_kernel_is_told_and_logged(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("DEBUG", logger="quantization"):
+        layer = QWQALinearLayer.from_float(float_linear(), name="head.weight")
+    assert str(layer.kernel(128)) in caplog.text
+    assert caplog.messages[0].startswith("head.weight [10, 24]: ")
+    assert layer.kernel(dtype=torch.float16).dtype == "float16"

@@ -60,6 +60,7 @@ void qk_use_avx512bf16(qk_kernels *table)
 {
     linear_exact = table->linear[QK_BFLOAT16];
     table->linear[QK_BFLOAT16] = linear_dot_products;
+    table->linear_tile[QK_BFLOAT16] = shape_bfloat16;
     table->linear_pack_tokens[QK_BFLOAT16] = 19;
 }
 

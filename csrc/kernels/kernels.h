@@ -96,6 +96,9 @@ typedef struct qk_kernels {
      * in the strip. Indexed by x dtype. Any number of tokens gives a row the same bits. */
     void (*linear[QK_FLOATS])(void *y, const void *x, const qk_linear_strip *strip);
 
+    /* The register tile of a strip of so many tokens, whose weights are packed or not. */
+    void (*linear_tile[QK_FLOATS])(size_t tokens, int is_packed, size_t *rows, size_t *cols);
+
     /* From how many tokens on it pays that the kernel packs weights; 0: never. */
     size_t linear_pack_tokens[QK_FLOATS];
 

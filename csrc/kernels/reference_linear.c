@@ -45,10 +45,17 @@ DEFINE_LINEAR(double)
 DEFINE_LINEAR_BACKWARD(float)
 DEFINE_LINEAR_BACKWARD(double)
 
+static void one_sum(size_t tokens, int is_packed, size_t *rows, size_t *cols)
+{
+    (void)tokens, (void)is_packed;
+    *rows = *cols = 1;
+}
+
 void qk_define_linear(qk_kernels *table)
 {
     for (int dtype = 0; dtype < QK_FLOATS; dtype++) {
         table->linear[dtype] = dtype == QK_FLOAT64 ? linear_double : linear_float;
+        table->linear_tile[dtype] = one_sum;
         table->linear_backward[dtype] =
             dtype == QK_FLOAT64 ? linear_backward_double : linear_backward_float;
     }
