@@ -312,8 +312,9 @@ double limit_mix(const char *name, const char *src, char *dst, size_t steps, siz
     return seconds * (double)steps / (double)(part * (size_t)threads);
 }
 
-/* Seconds to touch memory that is new to the process; negative if it cannot be had. */
-double limit_touch(size_t bytes, int threads)
+/* Seconds to touch memory that is new to the process, in huge pages if asked for and granted;
+ * negative if it cannot be had. */
+double limit_touch(size_t bytes, int threads, int is_huge)
 {
     struct share shares[MAX_THREADS];
     if (threads < 1 || threads > MAX_THREADS)
@@ -321,6 +322,12 @@ double limit_touch(size_t bytes, int threads)
     char *fresh = mmap(NULL, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (fresh == MAP_FAILED)
         return -1.0;
+#ifdef MADV_HUGEPAGE
+    if (is_huge)
+        madvise(fresh, bytes, MADV_HUGEPAGE);
+#else
+    (void)is_huge;
+#endif
     size_t part = bytes / (size_t)threads / 65536 * 65536;
     for (int t = 0; t < threads; t++)
         shares[t] = (struct share){.dst = fresh + (size_t)t * part,

@@ -54,7 +54,7 @@ def _declare(lib: ctypes.CDLL) -> None:
     lib.limit_read.argtypes = [name, pointer, size, number, size, size, size]
     lib.limit_mix.argtypes = [name, pointer, pointer, size, size, size, number, size, number]
     lib.limit_flops.argtypes = [name, number, size]
-    lib.limit_touch.argtypes = [size, number]
+    lib.limit_touch.argtypes = [size, number, number]
     for function in (lib.limit_read, lib.limit_mix, lib.limit_flops, lib.limit_touch):
         function.restype = ctypes.c_double
 
@@ -140,9 +140,10 @@ class Limits:
         return 1 / self._best[key]
 
     def touch_seconds(self, size: int, threads: int) -> float:
-        """Seconds that the first touch of `size` bytes takes, as an allocator hands them out."""
+        """Seconds that the first touch of `size` new bytes takes, in small pages or huge ones."""
         key = ("touch", size, threads)
-        self._keep(key, _checked(1, self._lib.limit_touch(size, threads)))
+        for is_huge in (0, 1):
+            self._keep(key, _checked(1, self._lib.limit_touch(size, threads, is_huge)))
         return 1 / self._best[key]
 
     def flops(self, name: str, threads: int) -> float:

@@ -16,7 +16,8 @@ in the same run on the same threads, over the median; *error* is the norm of the
 float64 arithmetic on the float weights over the norm of that; *of its codes* the same against
 float64 arithmetic on the int8 codes. W8A8 marks peers that quantize the activations as well.
 Weights of the limit's bandwidth and of every candidate stand in the same cache level, which is
-named: each sample follows an untimed call."""
+named: each sample follows an untimed call. *Into fresh pages* adds to the traffic the first touch
+of the result's memory, which an allocator that gives large blocks back has to pay at each call."""
 
 
 def markdown(results: Results, verdicts: list[Verdict], best_isa: str) -> str:

@@ -58,7 +58,7 @@ class Settings:
     prompt: int
     rounds: int
     seconds: float
-    longest: float = 4.0
+    longest: float = 2.5
     sample: float = 1e-3
     are_small: bool = False
 
@@ -80,9 +80,9 @@ def _common(threads: tuple[int, ...]) -> dict[str, Any]:
 def full(threads: tuple[int, ...]) -> Settings:
     """Every cell."""
     return Settings(
-        SECTIONS, SHAPES, (1, 2, 4, 8, 16, 32, 96, 128, 512), (1, 16, 128, 512),
-        matrix=(8192, 4096), widths=tuple(range(1, 9)), reply=64, prompt=512,
-        rounds=15, seconds=1.5, **_common(threads),
+        SECTIONS, SHAPES, (1, 2, 4, 8, 16, 32, 96, 128, 512), (1, 16, 128),
+        matrix=(8192, 4096), widths=tuple(range(1, 9)), reply=32, prompt=512,
+        rounds=15, seconds=1.2, **_common(threads),
     )  # fmt: skip
 
 

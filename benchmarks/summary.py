@@ -76,8 +76,16 @@ def _judge(figure: Figure, results: Results) -> Verdict:
             verdict.cells += 1
             if not (value > bound if figure.strict else value >= bound):
                 who = "" if row.section == "linear" else f"{row.candidate}, "
-                verdict.missed.append(f"{who}{heading(row)}: {value:.2f} (asked {bound:g})")
+                told = f"asked {bound:g}{_fresh(row, value)}"
+                verdict.missed.append(f"{who}{heading(row)}: {value:.2f} ({told})")
     return verdict
+
+
+def _fresh(row: Row, value: float) -> str:
+    """What becomes of a fraction of the traffic limit when new pages count as work too."""
+    if "fraction_fresh" not in row.values or value != row.values["fraction"]:
+        return ""
+    return f"; {row.values['fraction_fresh']:.2f} with the first touch of new pages"
 
 
 def _tested(figure: Figure, cell: Cell) -> Iterator[tuple[Row, float, float]]:
