@@ -28,7 +28,7 @@ def test_tiles_and_chunks_fit_the_tokens(isa: str, dtype: int, tokens: int) -> N
     _, rows, cols, chunk, used, packed = _kernels.choose_linear(tokens, 1000, 999, dtype)
     assert 1 <= rows <= min(tokens, 8) and 1 <= cols <= 8
     assert chunk == tokens if tokens <= 264 else tokens / 264 <= chunk <= 264
-    assert used == 1  # no torch, no request: one thread
+    assert 1 <= used <= _kernels.get_num_threads()
     assert not packed or (isa == "avx512bf16" and dtype == BFLOAT16)
 
 
