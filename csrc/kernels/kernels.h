@@ -22,25 +22,32 @@ typedef struct qk_linear_strip {
     size_t first, last;
 } qk_linear_strip;
 
-typedef struct qk_kernels {
-    /* Range of each run of `run` elements (the last may be shorter) of source[count]:
-     * low[i] = min(low[i], smallest of run i), high[i] = max(high[i], largest of run i),
-     * i < ceil(count / run). A run with a NaN makes high[i] NaN, and a NaN there stays; low
-     * passes NaNs over. The sign of a zero is not specified.
-     * low and high are in the compute type. run == 1 folds element by element. */
-    void (*range[QK_FLOATS])(void *low, void *high, const void *source, size_t count, size_t run);
+/* Lines of a matrix: `lines` of them, `count` elements each, the first elements `stride` >= count
+ * elements apart. Each is cut into runs of `run` elements (the last may be shorter); number i of
+ * an array of ranges, scales or zero points serves run i of every line. */
+typedef struct qk_lines {
+    size_t lines, stride, count, run;
+} qk_lines;
 
-    /* sum[i] += sum of |x| over run i, in double, in index order. */
+typedef struct qk_kernels {
+    /* Range of run i of the lines of `source`, i < ceil(count / run):
+     * low[i] = min(low[i], smallest number), high[i] = max(high[i], largest number).
+     * A NaN in a run makes high[i] NaN, and a NaN there stays; low passes NaNs over. The sign of a
+     * zero is not specified. low and high are in the compute type. */
+    void (*range[QK_FLOATS])(void *low, void *high, const void *source, const qk_lines *lines);
+
+    /* sum[i] += sum of |x| over run i of source[count], in double, in index order. */
     void (*magnitude[QK_FLOATS])(double *sum, const void *source, size_t count, size_t run);
 
-    /* codes[count] of source[count]; scale[i], zero[i] (NULL: 0) serve run i. qk_encode in qk.h
-     * has the formula. Indexed by source and code dtype. */
-    void (*encode[QK_FLOATS][QK_DTYPES])(void *codes, const void *source, size_t count, size_t run,
+    /* Codes of the lines of `source`, in lines of the same stride; scale[i], zero[i] (NULL: 0)
+     * serve run i. qk_encode in qk.h has the formula. Indexed by source and code dtype. */
+    void (*encode[QK_FLOATS][QK_DTYPES])(void *codes, const void *source, const qk_lines *lines,
                                          const void *scale, const int32_t *zero,
                                          const qk_spec *spec);
 
-    /* out[count] = (codes - zero) * scale; indexed by code and output dtype. */
-    void (*decode[QK_DTYPES][QK_FLOATS])(void *out, const void *codes, size_t count, size_t run,
+    /* out = (codes - zero) * scale, both in lines of the same stride; indexed by code and output
+     * dtype. */
+    void (*decode[QK_DTYPES][QK_FLOATS])(void *out, const void *codes, const qk_lines *lines,
                                          const void *scale, const int32_t *zero);
 
     /* One row in any layout: `count` codes, one byte each, into containers (qk_packing in qk.h;

@@ -26,6 +26,9 @@ DEFINE_MASKED_LOAD(_mm512_maskz_loadu_ps, __m512, __mmask16, float)
 DEFINE_MASKED_LOAD(_mm512_maskz_loadu_pd, __m512d, __mmask8, double)
 #undef DEFINE_MASKED_LOAD
 
+#define _mm512_shuffle_f32x4(a, b, order)                                                          \
+    _mm512_castsi512_ps(_mm512_shuffle_i32x4(_mm512_castps_si512(a), _mm512_castps_si512(b), order))
+
 static inline __m512d _mm512_cvtepi32_pd(__m256i given)
 {
     int32_t in[8];
