@@ -51,18 +51,18 @@ typedef struct qk_kernels {
                                          const void *scale, const int32_t *zero);
 
     /* One row in any layout: `count` codes, one byte each, into containers (qk_packing in qk.h;
-     * rows, cols and axis are not read); unused bits of the containers are written as 0. */
-    void (*pack_stream)(void *packed, const uint8_t *codes, size_t count,
-                        const qk_packing *packing);
+     * rows, cols and axis are not read); unused bits of the containers are written as 0. Returns
+     * what the codes fit: QK_FITS_* of qk.h, one or both or none. */
+    int (*pack_stream)(void *packed, const uint8_t *codes, size_t count, const qk_packing *packing);
     void (*unpack_stream)(uint8_t *codes, const void *packed, size_t count,
                           const qk_packing *packing, int is_signed);
 
     /* One row of containers of streams that run down the columns. Bit 0 of packed[c] is bit `skip`
      * (< bits) of codes[c]; codes[i * stride + c], i < rows, follow it. Each code starts inside the
-     * container; what does not fit there is dropped (it begins the next container). Indexed by
-     * log2(container_bytes). */
-    void (*pack_columns[QK_CONTAINERS])(void *packed, const uint8_t *codes, size_t stride,
-                                        size_t rows, size_t cols, size_t bits, size_t skip);
+     * container; what does not fit there is dropped (it begins the next container). Returns
+     * what the codes fit. Indexed by log2(container_bytes). */
+    int (*pack_columns[QK_CONTAINERS])(void *packed, const uint8_t *codes, size_t stride,
+                                       size_t rows, size_t cols, size_t bits, size_t skip);
     /* One row of codes of such streams: codes[c] starts at bit `shift` of packed[c] and goes on in
      * packed[stride + c], which is read only if shift + bits exceeds the container. */
     void (*unpack_columns[QK_CONTAINERS])(uint8_t *codes, const void *packed, size_t stride,
