@@ -5,10 +5,15 @@
 #include "dispatch.h"
 #include "parallel.h"
 
+#include <stdatomic.h>
+
 enum {
-    PIECE = 4096,      /* codes or columns that a thread takes at once, so they stay in L1 */
+    PIECE =
+        16384, /* columns that a thread takes at once: as many as come in one stream of memory */
     MIN_WORK = 1 << 16 /* codes below which another thread costs more than it saves */
 };
+
+enum { ALL_FIT = QK_FITS_UNSIGNED | QK_FITS_SIGNED };
 
 typedef struct pack_job {
     const qk_kernels *kernels;
@@ -16,6 +21,7 @@ typedef struct pack_job {
     const uint8_t *in;
     uint8_t *out;
     int is_signed;
+    atomic_int fits;    /* QK_FITS_* that no code has broken yet */
     size_t width;       /* bits a container */
     size_t length;      /* codes (axis 1) or columns (axis 0) of a line */
     size_t piece;       /* of them in one item of work; a whole number of containers */
@@ -62,12 +68,15 @@ static size_t packed_offset(const pack_job *job, pack_part part)
 
 static void pack_rows(size_t first, size_t last, void *context)
 {
-    const pack_job *job = context;
+    pack_job *job = context;
+    int fits = ALL_FIT;
     for (size_t item = first; item < last; item++) {
         pack_part part = part_of(job, item);
-        job->kernels->pack_stream(job->out + packed_offset(job, part),
-                                  job->in + code_offset(job, part), part.count, job->packing);
+        fits &=
+            job->kernels->pack_stream(job->out + packed_offset(job, part),
+                                      job->in + code_offset(job, part), part.count, job->packing);
     }
+    atomic_fetch_and(&job->fits, fits);
 }
 
 static void unpack_rows(size_t first, size_t last, void *context)
@@ -99,9 +108,10 @@ static size_t first_row(const pack_job *job, size_t line)
 
 static void pack_columns(size_t first, size_t last, void *context)
 {
-    const pack_job *job = context;
+    pack_job *job = context;
     const qk_packing *packing = job->packing;
     size_t cols = packing->cols, bits = packing->bits;
+    int fits = ALL_FIT;
     for (size_t item = first; item < last; item++) {
         pack_part part = part_of(job, item);
         size_t row = first_row(job, part.line), end = first_row(job, part.line + 1), skip = 0;
@@ -109,10 +119,11 @@ static void pack_columns(size_t first, size_t last, void *context)
             row = part.line * job->width / bits;
             skip = part.line * job->width % bits;
         }
-        job->kernels->pack_columns[log2_of(packing->container_bytes)](
+        fits &= job->kernels->pack_columns[log2_of(packing->container_bytes)](
             job->out + (part.line * cols + part.first) * packing->container_bytes,
             job->in + row * cols + part.first, cols, end - row, part.count, bits, skip);
     }
+    atomic_fetch_and(&job->fits, fits);
 }
 
 static void unpack_columns(size_t first, size_t last, void *context)
@@ -151,11 +162,13 @@ static qk_status check(const qk_packing *packing, const void *codes, const void 
     return QK_OK;
 }
 
-static void run(const qk_packing *packing, const void *in, void *out, int is_signed,
-                qk_range_fn rows, qk_range_fn columns)
+/* Returns the widths that fit, where codes were packed. */
+static int run(const qk_packing *packing, const void *in, void *out, int is_signed,
+               qk_range_fn rows, qk_range_fn columns)
 {
     pack_job job = {.kernels = qk_active_kernels(), .packing = packing, .in = in, .out = out};
     job.is_signed = is_signed;
+    atomic_init(&job.fits, ALL_FIT);
     job.width = 8 * packing->container_bytes;
     job.length = packing->cols;
     /* Streams may be cut where a container ends: after `width` codes, or a container's worth. */
@@ -170,14 +183,17 @@ static void run(const qk_packing *packing, const void *in, void *out, int is_sig
     if (lines && job.pieces)
         qk_parallel_for(lines * job.pieces, MIN_WORK / (work + 1) + 1,
                         packing->axis == 0 ? columns : rows, &job);
+    return atomic_load(&job.fits);
 }
 
-qk_status qk_pack(void *packed, const uint8_t *codes, const qk_packing *packing)
+qk_status qk_pack(void *packed, const uint8_t *codes, const qk_packing *packing, int *fits)
 {
     qk_status status = check(packing, codes, packed);
-    if (status == QK_OK)
-        run(packing, codes, packed, 0, pack_rows, pack_columns);
-    return status;
+    QK_REQUIRE(status == QK_OK, status);
+    int all = run(packing, codes, packed, 0, pack_rows, pack_columns);
+    if (fits)
+        *fits = all;
+    return QK_OK;
 }
 
 qk_status qk_unpack(uint8_t *codes, const void *packed, const qk_packing *packing, int is_signed)

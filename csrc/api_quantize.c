@@ -132,6 +132,14 @@ static quantize_job job_of(const qk_grid *grid, const qk_spec *spec)
     return job;
 }
 
+/* The lines from `line` on, before `last`, that are of one length: all but the last of a tile. */
+static qk_lines lines_from(const qk_tile *tile, size_t line, size_t last)
+{
+    qk_lines some = {last - line, tile->stride, qk_line_length(tile, line), tile->run};
+    some.lines -= qk_line_length(tile, last - 1) != some.count;
+    return some;
+}
+
 static void measure_lines(const quantize_job *job, const qk_tile *tile, size_t first, size_t last,
                           tile_ranges *into)
 {
@@ -140,12 +148,15 @@ static void measure_lines(const quantize_job *job, const qk_tile *tile, size_t f
     memset(into->low, 0, tile->blocks * sizeof *into->low);
     memset(into->high, 0, tile->blocks * sizeof *into->high);
     memset(into->sum, 0, tile->blocks * sizeof *into->sum);
-    for (size_t line = first; line < last; line++) {
-        const char *source = job->source + (tile->offset + line * tile->stride) * job->source_bytes;
-        size_t length = qk_line_length(tile, line);
-        kernels->range[from](into->low, into->high, source, length, tile->run);
-        if (job->spec->mode == QK_BINARY)
-            kernels->magnitude[from](into->sum, source, length, tile->run);
+    while (first < last) {
+        const char *source =
+            job->source + (tile->offset + first * tile->stride) * job->source_bytes;
+        qk_lines lines = lines_from(tile, first, last);
+        kernels->range[from](into->low, into->high, source, &lines);
+        for (size_t i = 0; job->spec->mode == QK_BINARY && i < lines.lines; i++)
+            kernels->magnitude[from](into->sum, source + i * lines.stride * job->source_bytes,
+                                     lines.count, lines.run);
+        first += lines.lines;
     }
 }
 
@@ -164,11 +175,13 @@ static void encode_lines(const quantize_job *job, const qk_tile *tile, size_t fi
 {
     const char *scale = job->scale + tile->block * job->scale_bytes;
     const void *zero = job->zero ? job->zero + tile->block * sizeof(int32_t) : NULL;
-    for (size_t line = first; line < last; line++) {
-        size_t start = tile->offset + line * tile->stride;
+    while (first < last) {
+        size_t start = tile->offset + first * tile->stride;
+        qk_lines lines = lines_from(tile, first, last);
         job->kernels->encode[job->spec->source][job->spec->code](
-            job->codes + start * job->code_bytes, job->source + start * job->source_bytes,
-            qk_line_length(tile, line), tile->run, scale, zero, job->spec);
+            job->codes + start * job->code_bytes, job->source + start * job->source_bytes, &lines,
+            scale, zero, job->spec);
+        first += lines.lines;
     }
 }
 
@@ -214,8 +227,9 @@ static void merge(const quantize_job *job, tile_ranges *into, const tile_ranges 
                   size_t blocks)
 {
     qk_dtype compute = job->spec->source == QK_FLOAT64 ? QK_FLOAT64 : QK_FLOAT32;
-    job->kernels->range[compute](into->low, into->high, more->low, blocks, 1);
-    job->kernels->range[compute](into->low, into->high, more->high, blocks, 1);
+    qk_lines each = {1, blocks, blocks, 1};
+    job->kernels->range[compute](into->low, into->high, more->low, &each);
+    job->kernels->range[compute](into->low, into->high, more->high, &each);
     for (size_t i = 0; i < blocks; i++)
         into->sum[i] += more->sum[i];
 }
@@ -320,7 +334,7 @@ qk_status qk_encode(void *codes, const void *source, const void *scale, const in
 }
 
 typedef struct decode_job {
-    void (*decode)(void *out, const void *codes, size_t count, size_t run, const void *scale,
+    void (*decode)(void *out, const void *codes, const qk_lines *lines, const void *scale,
                    const int32_t *zero);
     qk_tiles tiles;
     size_t out_bytes, code_bytes, scale_bytes; /* of one element */
@@ -339,10 +353,12 @@ static void decode_slabs(size_t first, size_t last, void *context)
             job->zero ? (const char *)job->zero + tile.block * sizeof(int32_t) : NULL;
         size_t line, end;
         qk_slab_lines(&job->tiles, &tile, i % job->tiles.slabs, &line, &end);
-        for (; line < end; line++) {
+        while (line < end) {
             size_t start = tile.offset + line * tile.stride;
+            qk_lines lines = lines_from(&tile, line, end);
             job->decode(job->out + start * job->out_bytes, job->codes + start * job->code_bytes,
-                        qk_line_length(&tile, line), tile.run, scale, zero);
+                        &lines, scale, zero);
+            line += lines.lines;
         }
     }
 }

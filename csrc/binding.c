@@ -165,6 +165,8 @@ static const struct {
     {"INT16", QK_INT16},
     {"SYMMETRIC", QK_SYMMETRIC},
     {"ASYMMETRIC", QK_ASYMMETRIC},
+    {"FITS_UNSIGNED", QK_FITS_UNSIGNED},
+    {"FITS_SIGNED", QK_FITS_SIGNED},
     {"BINARY", QK_BINARY},
 };
 

@@ -37,7 +37,10 @@ PyObject *qk_py_pack(PyObject *module, PyObject *args)
         return NULL;
     size_t where = 0;
     qk_status status;
-    QK_RUN(qk_pack(call.packed_data, call.codes_data, p));
+    int fits = 0;
+    Py_BEGIN_ALLOW_THREADS status = qk_pack(call.packed_data, call.codes_data, p, &fits);
+    Py_END_ALLOW_THREADS return status == QK_OK ? PyLong_FromLong(fits)
+                                                : qk_raise_status(status, where);
 }
 
 PyObject *qk_py_unpack(PyObject *module, PyObject *args)

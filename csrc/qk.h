@@ -114,9 +114,14 @@ typedef struct qk_packing {
 /* Containers that one stream of `length` codes fills. */
 size_t qk_packed_length(size_t length, const qk_packing *packing);
 
+/* What `bits` bits hold without loss: all codes are in 0 .. 2^bits - 1, or all, read in two's
+ * complement, in -2^(bits-1) .. 2^(bits-1) - 1. */
+enum { QK_FITS_UNSIGNED = 1, QK_FITS_SIGNED = 2 };
+
 /* The low `bits` bits of each code, first code in the lowest bits; unused bits are 0.
- * packed is [packed_length(rows)][cols] for axis 0, [rows][packed_length(cols)] for axis 1. */
-qk_status qk_pack(void *packed, const uint8_t *codes, const qk_packing *packing);
+ * packed is [packed_length(rows)][cols] for axis 0, [rows][packed_length(cols)] for axis 1.
+ * *fits (NULL: not wanted) is what these codes are: QK_FITS_*, one or both or none. */
+qk_status qk_pack(void *packed, const uint8_t *codes, const qk_packing *packing, int *fits);
 /* The reverse; is_signed: codes are two's complement, sign-extended into the byte. */
 qk_status qk_unpack(uint8_t *codes, const void *packed, const qk_packing *packing, int is_signed);
 

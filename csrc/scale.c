@@ -130,42 +130,97 @@ static int scale_one(double *scale, int32_t *zero, double low, double high, doub
     return saw;
 }
 
-/* The commonest case, again and quickly: float32 scales of signed or asymmetric integers. Returns
- * how many blocks it did before one that is not plain: empty, not finite, subnormal, too wide. */
-static size_t scale_plain(void *scale, void *zero, const void *low, const void *high, size_t count,
-                          const qk_spec *spec)
+/* ---- the commonest case, again and quickly ------------------------------ */
+
+enum { SOME = 64 }; /* blocks at once */
+
+/* Float32 scales of signed or asymmetric integers. */
+static int is_plain(const qk_spec *spec)
 {
-    int symmetric = spec->mode == QK_SYMMETRIC;
-    if (spec->mode == QK_BINARY || (symmetric && spec->code_min == 0) ||
-        spec->source == QK_FLOAT64 || scale_type(spec) != QK_FLOAT32)
-        return 0;
-    float least = (float)spec->code_min, most = (float)spec->code_max;
-    float steps = symmetric ? (float)half_of(spec) : most - least;
-    size_t i = 0;
-    for (; i < count; i++) {
-        float below = qk_load_float32(low, i), above = qk_load_float32(high, i);
-        float reach = !symmetric ? above - below : -below > above ? -below : above;
-        float value = reach / steps;
-        if (!(value >= FLT_MIN && reach <= FLT_MAX && above == above))
-            break;
-        qk_store_float32(scale, i, value);
-        if (zero && symmetric)
-            qk_store_int32(zero, i, 0);
-        else if (zero) {
-            float point = rintf(least - below / value);
-            point = point < least ? least : point > most ? most : point;
-            qk_store_int32(zero, i, (int32_t)point);
-        }
-    }
-    return i;
+    return spec->source != QK_FLOAT64 && scale_type(spec) == QK_FLOAT32 &&
+           spec->mode != QK_BINARY && (spec->mode == QK_ASYMMETRIC || spec->code_min != 0);
 }
+
+/* To the nearest whole number, |x| < 2^22: neighbours of a float of this size are one apart. */
+static inline float nearest(float x)
+{
+    const float unit = 0x1.8p23f;
+    return x + unit - unit;
+}
+
+/* Loops without a branch, for the compiler's vectors. 0 where a block is not plain: not finite,
+ * subnormal, too wide; the outputs are of no use then. */
+static int scale_some(float scale[SOME], int32_t zero[SOME], const float low[SOME],
+                      const float high[SOME], const qk_spec *spec)
+{
+    const float least = (float)spec->code_min, most = (float)spec->code_max;
+    const int symmetric = spec->mode == QK_SYMMETRIC;
+    const float steps = symmetric ? (float)half_of(spec) : most - least;
+    float reach[SOME];
+    int plain = 1;
+    for (size_t i = 0; i < SOME; i++) {
+        float absmax = -low[i] > high[i] ? -low[i] : high[i];
+        float span = symmetric ? absmax : high[i] - low[i];
+        reach[i] = span == 0 ? steps : span; /* scale 1 */
+    }
+    for (size_t i = 0; i < SOME; i++) {
+        scale[i] = reach[i] / steps;
+        plain &= (scale[i] >= FLT_MIN) & (reach[i] <= FLT_MAX) & (high[i] == high[i]);
+    }
+    for (size_t i = 0; i < SOME; i++)
+        zero[i] = 0;
+    if (symmetric || !plain)
+        return plain;
+    for (size_t i = 0; i < SOME; i++) {
+        float point = nearest(least - low[i] / scale[i]);
+        point = point < least ? least : point > most ? most : point;
+        zero[i] = (int32_t)point;
+    }
+    return 1;
+}
+
+/* `count` <= SOME numbers, most often SOME. */
+static inline void copy_some(void *to, const void *from, size_t count)
+{
+    if (count == SOME)
+        memcpy(to, from, SOME * sizeof(float));
+    else
+        memcpy(to, from, count * sizeof(float));
+}
+
+/* The same at any address, for 1 to SOME blocks. */
+static int scale_plain(char *scale, char *zero, const char *low, const char *high, size_t count,
+                       const qk_spec *spec)
+{
+    float lows[SOME], highs[SOME], scales[SOME];
+    int32_t zeros[SOME];
+    for (size_t i = count; i < SOME; i++)
+        lows[i] = -1, highs[i] = 1;
+    copy_some(lows, low, count);
+    copy_some(highs, high, count);
+    if (!scale_some(scales, zeros, lows, highs, spec))
+        return 0;
+    copy_some(scale, scales, count);
+    if (zero)
+        copy_some(zero, zeros, count);
+    return 1;
+}
+
+/* ---- the call ----------------------------------------------------------- */
 
 int qk_scale_blocks(void *scale, void *zero, const void *low, const void *high, const double *mean,
                     size_t count, const qk_spec *spec)
 {
-    int saw = 0, wide = spec->source == QK_FLOAT64;
+    int saw = 0, wide = spec->source == QK_FLOAT64, plain = is_plain(spec);
     qk_dtype compute = wide ? QK_FLOAT64 : QK_FLOAT32;
-    for (size_t i = scale_plain(scale, zero, low, high, count, spec); i < count; i++) {
+    for (size_t i = 0; i < count; i++) {
+        size_t some = count - i < SOME ? count - i : SOME, at = i * sizeof(float);
+        if (plain && i % SOME == 0 && some > 4 &&
+            scale_plain((char *)scale + at, zero ? (char *)zero + at : NULL, (const char *)low + at,
+                        (const char *)high + at, some, spec)) {
+            i += some - 1;
+            continue;
+        }
         double value;
         int32_t point;
         saw |= scale_one(&value, &point, qk_load_source(low, i, compute),

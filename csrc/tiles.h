@@ -9,7 +9,7 @@
 #include "qk.h"
 
 enum {
-    QK_TILE_BLOCKS = 512,    /* at most, in a tile */
+    QK_TILE_BLOCKS = 2048,   /* at most, in a tile */
     QK_TILE_WIDTH = 4096,    /* elements across, unless one block is wider */
     QK_LINE = 16384,         /* elements of a line cut out of one long block */
     QK_TILES_ENOUGH = 64,    /* with fewer tiles, each is measured in slabs of lines, */

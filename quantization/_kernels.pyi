@@ -15,6 +15,8 @@ UINT8: int
 INT16: int
 SYMMETRIC: int
 ASYMMETRIC: int
+FITS_UNSIGNED: int
+FITS_SIGNED: int
 BINARY: int
 
 class DataError(ValueError): ...
@@ -95,7 +97,7 @@ def pack(
     axis: int,
     straddle: int,
     /,
-) -> None: ...
+) -> int: ...
 def unpack(
     codes: _Array,
     packed: _Array,

@@ -255,14 +255,23 @@ def _grid_like(
 # ---- pack ------------------------------------------------------------------------------------
 
 
-def pack(codes: np.ndarray, bits: int, container: str, axis: int, straddle: bool) -> np.ndarray:
+class Packed(NamedTuple):
+    """Containers, and whether ``bits`` bits hold the codes as they are, or in two's complement."""
+
+    containers: np.ndarray
+    fits_unsigned: bool
+    fits_signed: bool
+
+
+def pack(codes: np.ndarray, bits: int, container: str, axis: int, straddle: bool) -> Packed:
     """Codes (uint8 or int8, [rows, cols]) packed along ``axis`` into containers of that dtype."""
     length, size = codes.shape[axis], np.dtype(container).itemsize
     shape = list(codes.shape)
     shape[axis] = packed_length(length, bits, size, straddle)
     packed = np.empty(shape, container)
-    _kernels.pack(packed, codes, *codes.shape, bits, size, axis, int(straddle))
-    return packed
+    fits = _kernels.pack(packed, codes, *codes.shape, bits, size, axis, int(straddle))
+    unsigned, signed = bool(fits & _kernels.FITS_UNSIGNED), bool(fits & _kernels.FITS_SIGNED)
+    return Packed(packed, unsigned, signed)
 
 
 def unpack(

@@ -108,25 +108,46 @@ def pack_weights(
     codes = integers_of(to_pack_2d, "to_pack_2d")
     bits, container = checked_layout(pack_bits, layout, dtype, "dtype")
     dim = checked_dim(dim)
-    low, high = extremes(codes)
-    _check_range(codes, low, high, bits, layout)
-    if compress:
-        if layout == "base3":
-            raise ValueError("compress=True has no narrower width in layout 'base3'; leave it out")
-        bits = bits_for(low, high)
-    is_signed = codes.dtype.kind == "i" and high <= _limits(bits, layout, True)[1]
-    info = Packing(bits, layout, dim, container, codes.shape, is_signed)
-    packed = _native.as_tensor_like(_pack(codes, info), container, to_pack_2d)
+    made = None if compress else _pack_bytes(codes, bits, layout, container, dim)
+    if made is None:  # the range is not known from packing: look at it first
+        low, high = extremes(codes)
+        _check_range(codes, low, high, bits, layout)
+        if compress:
+            bits = _narrowest(low, high, layout)
+        is_signed = codes.dtype.kind == "i" and high <= _limits(bits, layout, True)[1]
+        made = _pack(codes, bits, layout, container, dim), is_signed
+    info = Packing(bits, layout, dim, container, codes.shape, made[1])
+    packed = _native.as_tensor_like(made[0], container, to_pack_2d)
     return (packed, info) if return_info else packed
 
 
-def _pack(codes: np.ndarray, info: Packing) -> np.ndarray:
-    if info.layout != "base3":
+def _pack_bytes(
+    codes: np.ndarray, bits: int, layout: str, container: str, dim: int
+) -> tuple[np.ndarray, bool] | None:
+    """Codes of one byte packed in one pass, and whether they are signed.
+
+    None if they do not fit, or are wider.
+    """
+    if layout == "base3" or codes.itemsize > 1:
+        return None
+    made = _native.pack(codes.view("uint8"), bits, container, dim, layout == "dense")
+    is_signed = codes.dtype.kind == "i" and made.fits_signed
+    return (made.containers, is_signed) if is_signed or made.fits_unsigned else None
+
+
+def _narrowest(low: int, high: int, layout: str) -> int:
+    if layout == "base3":
+        raise ValueError("compress=True has no narrower width in layout 'base3'; leave it out")
+    return bits_for(low, high)
+
+
+def _pack(codes: np.ndarray, bits: int, layout: str, container: str, dim: int) -> np.ndarray:
+    if layout != "base3":
         codes = codes.view("uint8") if codes.itemsize == 1 else codes.astype("uint8")
-        return _native.pack(codes, info.bits, info.container, info.dim, info.layout == "dense")
+        return _native.pack(codes, bits, container, dim, layout == "dense").containers
     digits = np.where(codes < 0, 2, codes).astype("uint8")
-    packed = _native.pack_ternary(np.ascontiguousarray(digits if info.dim else digits.T))
-    return np.ascontiguousarray(packed if info.dim else packed.T).view(info.container)
+    packed = _native.pack_ternary(np.ascontiguousarray(digits if dim else digits.T))
+    return np.ascontiguousarray(packed if dim else packed.T).view(container)
 
 
 def _limits(bits: int, layout: str, is_signed: bool) -> tuple[int, int]:

@@ -48,40 +48,47 @@ static inline size_t qk_backward_scratch_bytes(const qk_linear *linear)
     return linear->tokens * (linear->out_features + QK_BACKWARD_WIDE) * number;
 }
 
-typedef struct qk_kernels {
-    /* Range of each run of `run` elements (the last may be shorter) of source[count]:
-     * low[i] = min(low[i], smallest of run i), high[i] = max(high[i], largest of run i),
-     * i < ceil(count / run). A run with a NaN makes high[i] NaN, and a NaN there stays; low
-     * passes NaNs over. The sign of a zero is not specified.
-     * low and high are in the compute type. run == 1 folds element by element. */
-    void (*range[QK_FLOATS])(void *low, void *high, const void *source, size_t count, size_t run);
+/* Lines of a matrix: `lines` of them, `count` elements each, the first elements `stride` >= count
+ * elements apart. Each is cut into runs of `run` elements (the last may be shorter); number i of
+ * an array of ranges, scales or zero points serves run i of every line. */
+typedef struct qk_lines {
+    size_t lines, stride, count, run;
+} qk_lines;
 
-    /* sum[i] += sum of |x| over run i, in double, in index order. */
+typedef struct qk_kernels {
+    /* Range of run i of the lines of `source`, i < ceil(count / run):
+     * low[i] = min(low[i], smallest number), high[i] = max(high[i], largest number).
+     * A NaN in a run makes high[i] NaN, and a NaN there stays; low passes NaNs over. The sign of a
+     * zero is not specified. low and high are in the compute type. */
+    void (*range[QK_FLOATS])(void *low, void *high, const void *source, const qk_lines *lines);
+
+    /* sum[i] += sum of |x| over run i of source[count], in double, in index order. */
     void (*magnitude[QK_FLOATS])(double *sum, const void *source, size_t count, size_t run);
 
-    /* codes[count] of source[count]; scale[i], zero[i] (NULL: 0) serve run i. qk_encode in qk.h
-     * has the formula. Indexed by source and code dtype. */
-    void (*encode[QK_FLOATS][QK_DTYPES])(void *codes, const void *source, size_t count, size_t run,
+    /* Codes of the lines of `source`, in lines of the same stride; scale[i], zero[i] (NULL: 0)
+     * serve run i. qk_encode in qk.h has the formula. Indexed by source and code dtype. */
+    void (*encode[QK_FLOATS][QK_DTYPES])(void *codes, const void *source, const qk_lines *lines,
                                          const void *scale, const int32_t *zero,
                                          const qk_spec *spec);
 
-    /* out[count] = (codes - zero) * scale; indexed by code and output dtype. */
-    void (*decode[QK_DTYPES][QK_FLOATS])(void *out, const void *codes, size_t count, size_t run,
+    /* out = (codes - zero) * scale, both in lines of the same stride; indexed by code and output
+     * dtype. */
+    void (*decode[QK_DTYPES][QK_FLOATS])(void *out, const void *codes, const qk_lines *lines,
                                          const void *scale, const int32_t *zero);
 
     /* One row in any layout: `count` codes, one byte each, into containers (qk_packing in qk.h;
-     * rows, cols and axis are not read); unused bits of the containers are written as 0. */
-    void (*pack_stream)(void *packed, const uint8_t *codes, size_t count,
-                        const qk_packing *packing);
+     * rows, cols and axis are not read); unused bits of the containers are written as 0. Returns
+     * what the codes fit: QK_FITS_* of qk.h, one or both or none. */
+    int (*pack_stream)(void *packed, const uint8_t *codes, size_t count, const qk_packing *packing);
     void (*unpack_stream)(uint8_t *codes, const void *packed, size_t count,
                           const qk_packing *packing, int is_signed);
 
     /* One row of containers of streams that run down the columns. Bit 0 of packed[c] is bit `skip`
      * (< bits) of codes[c]; codes[i * stride + c], i < rows, follow it. Each code starts inside the
-     * container; what does not fit there is dropped (it begins the next container). Indexed by
-     * log2(container_bytes). */
-    void (*pack_columns[QK_CONTAINERS])(void *packed, const uint8_t *codes, size_t stride,
-                                        size_t rows, size_t cols, size_t bits, size_t skip);
+     * container; what does not fit there is dropped (it begins the next container). Returns
+     * what the codes fit. Indexed by log2(container_bytes). */
+    int (*pack_columns[QK_CONTAINERS])(void *packed, const uint8_t *codes, size_t stride,
+                                       size_t rows, size_t cols, size_t bits, size_t skip);
     /* One row of codes of such streams: codes[c] starts at bit `shift` of packed[c] and goes on in
      * packed[stride + c], which is read only if shift + bits exceeds the container. */
     void (*unpack_columns[QK_CONTAINERS])(uint8_t *codes, const void *packed, size_t stride,

@@ -21,20 +21,30 @@ static size_t byte_of(size_t bit, size_t container_bytes)
     return byte - in_container + (container_bytes - 1 - in_container); /* a big-endian machine */
 }
 
-static void pack_stream(void *packed, const uint8_t *codes, size_t count, const qk_packing *packing)
+static int fits_of(uint8_t code, size_t bits)
 {
+    int half = 1 << (bits - 1), number = (int8_t)code;
+    return (code < 2 * half ? QK_FITS_UNSIGNED : 0) |
+           (number >= -half && number < half ? QK_FITS_SIGNED : 0);
+}
+
+static int pack_stream(void *packed, const uint8_t *codes, size_t count, const qk_packing *packing)
+{
+    int fits = QK_FITS_UNSIGNED | QK_FITS_SIGNED;
     uint8_t *bytes = packed;
     size_t container = packing->container_bytes;
     if (count == 0)
-        return;
+        return fits;
     size_t containers = (first_bit(count - 1, packing) + packing->bits - 1) / (8 * container) + 1;
     memset(bytes, 0, containers * container);
     for (size_t i = 0; i < count; i++) {
+        fits &= fits_of(codes[i], packing->bits);
         for (size_t j = 0; j < packing->bits; j++) {
             size_t bit = first_bit(i, packing) + j;
             bytes[byte_of(bit, container)] |= (uint8_t)((codes[i] >> j & 1) << bit % 8);
         }
     }
+    return fits;
 }
 
 static uint8_t extend(unsigned code, size_t bits, int is_signed)
@@ -58,17 +68,20 @@ static void unpack_stream(uint8_t *codes, const void *packed, size_t count,
 }
 
 #define DEFINE_COLUMNS(type)                                                                       \
-    static void pack_columns_##type(void *packed, const uint8_t *codes, size_t stride,             \
-                                    size_t rows, size_t cols, size_t bits, size_t skip)            \
+    static int pack_columns_##type(void *packed, const uint8_t *codes, size_t stride, size_t rows, \
+                                   size_t cols, size_t bits, size_t skip)                          \
     {                                                                                              \
+        int fits = QK_FITS_UNSIGNED | QK_FITS_SIGNED;                                              \
         for (size_t c = 0; c < cols; c++) {                                                        \
             type value = 0;                                                                        \
             for (size_t i = 0; i < rows; i++) {                                                    \
                 type code = (type)(codes[i * stride + c] & ((1u << bits) - 1));                    \
+                fits &= fits_of(codes[i * stride + c], bits);                                      \
                 value |= (type)(i == 0 ? code >> skip : code << (i * bits - skip));                \
             }                                                                                      \
             memcpy((char *)packed + c * sizeof value, &value, sizeof value);                       \
         }                                                                                          \
+        return fits;                                                                               \
     }                                                                                              \
     static void unpack_columns_##type(uint8_t *codes, const void *packed, size_t stride,           \
                                       size_t cols, size_t bits, size_t shift, int is_signed)       \

@@ -10,13 +10,19 @@
     for (size_t block = 0, start_ = 0; start_ < (count); block++, start_ += (run))                 \
         for (size_t i = start_; i < (count) && i - start_ < (run); i++)
 
+/* For each element i of the lines, in its run `block`. */
+#define FOR_EACH_IN_LINES(i, block, form)                                                          \
+    for (size_t line_ = 0; line_ < (form)->lines; line_++)                                         \
+        FOR_EACH_IN_RUNS(at_, block, (form)->count, (form)->run)                                   \
+    for (size_t i = line_ * (form)->stride + at_, once_ = 1; once_; once_ = 0)
+
 /* ---- range and magnitude ------------------------------------------------ */
 
-static inline void range_any(void *low, void *high, const void *source, size_t count, size_t run,
+static inline void range_any(void *low, void *high, const void *source, const qk_lines *lines,
                              qk_dtype from)
 {
     qk_dtype compute = from == QK_FLOAT64 ? QK_FLOAT64 : QK_FLOAT32;
-    FOR_EACH_IN_RUNS(i, block, count, run)
+    FOR_EACH_IN_LINES(i, block, lines)
     {
         double x = qk_load_source(source, i, from);
         if (x < qk_load_source(low, block, compute))
@@ -78,12 +84,12 @@ static inline void store_code(void *codes, size_t index, qk_dtype to, double cod
 DEFINE_CODE_OF(float, rintf)
 DEFINE_CODE_OF(double, rint)
 
-static inline void encode_any(void *codes, const void *source, size_t count, size_t run,
+static inline void encode_any(void *codes, const void *source, const qk_lines *lines,
                               const void *scale, const int32_t *zero, const qk_spec *spec,
                               qk_dtype from, qk_dtype to)
 {
     int is_integer = to == QK_INT8 || to == QK_UINT8 || to == QK_INT16;
-    FOR_EACH_IN_RUNS(i, block, count, run)
+    FOR_EACH_IN_LINES(i, block, lines)
     {
         double x = qk_load_source(source, i, from), z = zero ? qk_load_int32(zero, block) : 0;
         double code;
@@ -116,10 +122,10 @@ static inline double load_code(const void *codes, size_t index, qk_dtype from)
     }
 }
 
-static inline void decode_any(void *out, const void *codes, size_t count, size_t run,
+static inline void decode_any(void *out, const void *codes, const qk_lines *lines,
                               const void *scale, const int32_t *zero, qk_dtype from, qk_dtype to)
 {
-    FOR_EACH_IN_RUNS(i, block, count, run)
+    FOR_EACH_IN_LINES(i, block, lines)
     {
         double code = load_code(codes, i, from), z = zero ? qk_load_int32(zero, block) : 0;
         double x;
@@ -134,16 +140,16 @@ static inline void decode_any(void *out, const void *codes, size_t count, size_t
 /* ---- the slots ---------------------------------------------------------- */
 
 #define DEFINE_PAIR(source, code)                                                                  \
-    static void encode_##source##_##code(void *codes, const void *from, size_t count, size_t run,  \
+    static void encode_##source##_##code(void *codes, const void *from, const qk_lines *lines,     \
                                          const void *scale, const int32_t *zero,                   \
                                          const qk_spec *spec)                                      \
     {                                                                                              \
-        encode_any(codes, from, count, run, scale, zero, spec, QK_##source, QK_##code);            \
+        encode_any(codes, from, lines, scale, zero, spec, QK_##source, QK_##code);                 \
     }                                                                                              \
-    static void decode_##code##_##source(void *out, const void *codes, size_t count, size_t run,   \
+    static void decode_##code##_##source(void *out, const void *codes, const qk_lines *lines,      \
                                          const void *scale, const int32_t *zero)                   \
     {                                                                                              \
-        decode_any(out, codes, count, run, scale, zero, QK_##code, QK_##source);                   \
+        decode_any(out, codes, lines, scale, zero, QK_##code, QK_##source);                        \
     }
 #define FILL_PAIR(source, code)                                                                    \
     table->encode[QK_##source][QK_##code] = encode_##source##_##code;                              \
@@ -165,9 +171,9 @@ static inline void decode_any(void *out, const void *codes, size_t count, size_t
     DO(BFLOAT16)
 
 #define DEFINE_SOURCE(source)                                                                      \
-    static void range_##source(void *low, void *high, const void *from, size_t count, size_t run)  \
+    static void range_##source(void *low, void *high, const void *from, const qk_lines *lines)     \
     {                                                                                              \
-        range_any(low, high, from, count, run, QK_##source);                                       \
+        range_any(low, high, from, lines, QK_##source);                                            \
     }                                                                                              \
     static void magnitude_##source(double *sum, const void *from, size_t count, size_t run)        \
     {                                                                                              \

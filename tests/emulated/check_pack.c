@@ -21,6 +21,25 @@ static qk_packing random_packing(size_t count, size_t *bytes)
     return packing;
 }
 
+/* Random bytes, or codes of `bits` bits with or without a sign, sometimes with an exception. */
+static void fill_codes(size_t count, size_t bits)
+{
+    unsigned mask = (1u << bits) - 1, sign = random_below(2) ? 1u << (bits - 1) : 0;
+    place_random(&codes, count);
+    if (random_below(4) == 0)
+        return;
+    for (size_t i = 0; i < count; i++)
+        codes.data[i] = (uint8_t)(((codes.data[i] & mask) ^ sign) - sign);
+    if (random_below(2))
+        codes.data[random_below(count)] = (uint8_t)random_bits();
+}
+
+static void expect_fits(int expected, int actual)
+{
+    if (expected != actual)
+        fail("fits %d, not %d", actual, expected);
+}
+
 static void check_pack_stream(void)
 {
     if (!begin_slot("pack_stream", 0, -1, (any_fn)tested->pack_stream,
@@ -31,10 +50,10 @@ static void check_pack_stream(void)
         qk_packing packing = random_packing(count, &bytes);
         begin_case("count %zu bits %zu container %zu straddle %d", count, packing.bits,
                    packing.container_bytes, packing.straddle);
-        place_random(&codes, count);
+        fill_codes(count, packing.bits);
         place_output(&result, bytes, 0x5A);
-        reference->pack_stream(result.expected.data, codes.data, count, &packing);
-        tested->pack_stream(result.actual.data, codes.data, count, &packing);
+        expect_fits(reference->pack_stream(result.expected.data, codes.data, count, &packing),
+                    tested->pack_stream(result.actual.data, codes.data, count, &packing));
         expect_equal(&result, QK_UINT8);
     }
 }
@@ -72,12 +91,12 @@ static void check_pack_columns(size_t container)
         size_t rows = 1 + random_below((width + skip + bits - 1) / bits);
         begin_case("rows %zu cols %zu stride %zu bits %zu skip %zu", rows, cols, stride, bits,
                    skip);
-        place_random(&codes, (rows - 1) * stride + cols);
+        fill_codes((rows - 1) * stride + cols, bits);
         place_output(&result, cols * (width / 8), 0x5A);
-        reference->pack_columns[container](result.expected.data, codes.data, stride, rows, cols,
-                                           bits, skip);
-        tested->pack_columns[container](result.actual.data, codes.data, stride, rows, cols, bits,
-                                        skip);
+        expect_fits(reference->pack_columns[container](result.expected.data, codes.data, stride,
+                                                       rows, cols, bits, skip),
+                    tested->pack_columns[container](result.actual.data, codes.data, stride, rows,
+                                                    cols, bits, skip));
         expect_equal(&result, QK_UINT8);
     }
 }

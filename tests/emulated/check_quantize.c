@@ -29,6 +29,25 @@ static size_t random_run(size_t count)
     }
 }
 
+/* Lines of that length, most often one, with or without something between them. */
+static qk_lines random_lines(size_t count)
+{
+    qk_lines lines = {1, count, count, random_run(count)};
+    if (random_below(3) == 0)
+        lines.run = 1;
+    if (random_below(2)) {
+        lines.lines += random_below(18);
+        lines.stride += random_below(2) ? random_below(40) : 0;
+    }
+    return lines;
+}
+
+/* Elements from the first to the last. */
+static size_t span_of(const qk_lines *lines)
+{
+    return (lines->lines - 1) * lines->stride + lines->count;
+}
+
 static qk_dtype compute_type(qk_dtype source)
 {
     return source == QK_FLOAT64 ? QK_FLOAT64 : QK_FLOAT32;
@@ -101,18 +120,19 @@ static void check_range(qk_dtype dtype)
                     (any_fn)reference->range[dtype]))
         return;
     for (size_t i = 0; i < REPEATS * AWKWARD_LENGTHS; i++) {
-        size_t count = awkward_length(i % AWKWARD_LENGTHS), run = random_run(count);
-        size_t runs = runs_of(count, run);
-        begin_case("count %zu run %zu", count, run);
-        fill_source(dtype, count, 0.25, random_below(4) != 0);
+        qk_lines lines = random_lines(awkward_length(i % AWKWARD_LENGTHS));
+        size_t runs = runs_of(lines.count, lines.run);
+        begin_case("lines %zu stride %zu count %zu run %zu", lines.lines, lines.stride, lines.count,
+                   lines.run);
+        fill_source(dtype, span_of(&lines), 0.25, random_below(4) != 0);
         place_output(&result, runs * qk_dtype_bytes(compute), 0);
         place_output(&second_result, runs * qk_dtype_bytes(compute), 0);
         fill_range(&result, runs, compute, (double)INFINITY);
         fill_range(&second_result, runs, compute, -(double)INFINITY);
         reference->range[dtype](result.expected.data, second_result.expected.data,
-                                source_region.data, count, run);
+                                source_region.data, &lines);
         tested->range[dtype](result.actual.data, second_result.actual.data, source_region.data,
-                             count, run);
+                             &lines);
         expect_same_values(&second_result, compute);
         /* low of a run with a NaN is not promised: compare it where high is a number. */
         for (size_t r = 0; r < runs; r++)
@@ -207,22 +227,23 @@ static void check_encode(qk_dtype source, qk_dtype code)
         return;
     qk_dtype compute = compute_type(source);
     for (size_t i = 0; i < REPEATS * AWKWARD_LENGTHS; i++) {
-        size_t count = awkward_length(i % AWKWARD_LENGTHS), run = random_run(count);
-        size_t runs = runs_of(count, run);
+        qk_lines lines = random_lines(awkward_length(i % AWKWARD_LENGTHS));
+        size_t runs = runs_of(lines.count, lines.run);
         qk_spec spec = {.source = source, .code = code, .scale = compute};
         random_codes(&spec);
-        begin_case("count %zu run %zu mode %d codes %g..%g", count, run, (int)spec.mode,
-                   spec.code_min, spec.code_max);
+        begin_case("lines %zu stride %zu count %zu run %zu mode %d codes %g..%g", lines.lines,
+                   lines.stride, lines.count, lines.run, (int)spec.mode, spec.code_min,
+                   spec.code_max);
         double scale = random_below(2) ? 0x1p-5 : 0.01 + random_unit();
-        fill_source(source, count, scale, random_below(4) != 0);
+        fill_source(source, span_of(&lines), scale, random_below(4) != 0);
         fill_scales(runs, compute, scale);
         const int32_t *zero = NULL;
         if (spec.mode == QK_ASYMMETRIC)
             zero = fill_zeros(runs, spec.code_min, spec.code_max);
-        place_output(&result, count * qk_dtype_bytes(code), 0x5A);
-        reference->encode[source][code](result.expected.data, source_region.data, count, run,
+        place_output(&result, span_of(&lines) * qk_dtype_bytes(code), 0x5A);
+        reference->encode[source][code](result.expected.data, source_region.data, &lines,
                                         scale_region.data, zero, &spec);
-        tested->encode[source][code](result.actual.data, source_region.data, count, run,
+        tested->encode[source][code](result.actual.data, source_region.data, &lines,
                                      scale_region.data, zero, &spec);
         expect_equal(&result, code);
     }
@@ -234,18 +255,19 @@ static void check_decode(qk_dtype code, qk_dtype out)
                     (any_fn)reference->decode[code][out]))
         return;
     for (size_t i = 0; i < REPEATS * AWKWARD_LENGTHS; i++) {
-        size_t count = awkward_length(i % AWKWARD_LENGTHS), run = random_run(count);
-        size_t runs = runs_of(count, run);
+        qk_lines lines = random_lines(awkward_length(i % AWKWARD_LENGTHS));
+        size_t runs = runs_of(lines.count, lines.run);
         int with_zero = !is_float(code) && random_below(2);
-        begin_case("count %zu run %zu zero %d", count, run, with_zero);
-        place_random(&code_region, count * qk_dtype_bytes(code));
+        begin_case("lines %zu stride %zu count %zu run %zu zero %d", lines.lines, lines.stride,
+                   lines.count, lines.run, with_zero);
+        place_random(&code_region, span_of(&lines) * qk_dtype_bytes(code));
         fill_scales(runs, compute_type(out), 0.01 + random_unit());
         const int32_t *zero = with_zero ? fill_zeros(runs, -32768, 32767) : NULL;
-        place_output(&result, count * qk_dtype_bytes(out), 0x5A);
-        reference->decode[code][out](result.expected.data, code_region.data, count, run,
+        place_output(&result, span_of(&lines) * qk_dtype_bytes(out), 0x5A);
+        reference->decode[code][out](result.expected.data, code_region.data, &lines,
                                      scale_region.data, zero);
-        tested->decode[code][out](result.actual.data, code_region.data, count, run,
-                                  scale_region.data, zero);
+        tested->decode[code][out](result.actual.data, code_region.data, &lines, scale_region.data,
+                                  zero);
         expect_equal(&result, out);
     }
 }

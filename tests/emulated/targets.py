@@ -100,6 +100,13 @@ def missing(target: Target) -> str | None:
     return None
 
 
+def needless(target: Target) -> str | None:
+    """Why the tests need not run the target here (it can be named), or None."""
+    if target.simde and "avx512_bf16" in _cpu_flags():
+        return "the target `native` runs these kernels on the CPU itself"
+    return None
+
+
 def _run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, capture_output=True, text=True, **options)
     if done.returncode:
