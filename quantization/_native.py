@@ -156,6 +156,8 @@ def as_tensor_like(array: np.ndarray, dtype: DType | str, like: Tensor) -> Tenso
 
 def filled(shape: tuple[int, ...], value: int, dtype: str, like: Tensor) -> Tensor:
     """A tensor of one value, of the kind and device (also meta) of ``like``."""
+    if value == 0 and not is_meta(like):  # memory that is not touched before it is read
+        return as_tensor_like(np.zeros(shape, _BITS.get(dtype, dtype)), dtype, like)
     if is_torch(like):
         return like.new_full(shape, value, dtype=getattr(sys.modules["torch"], dtype))
     return np.full(shape, value, _numpy_dtype(dtype))

@@ -335,8 +335,10 @@ def _has_numbers(tensor: Tensor) -> bool:
 def _may_overflow(scale: Tensor, code: DType, out: DType) -> bool:
     """Whether the code farthest from zero, half a step beyond the tensor, may leave ``out``."""
     reach = code.max if code.is_floating_point else code.max - code.min
-    scale = _native.to_array(_native.cast(scale, "float64"))
-    return bool(np.any(scale >= out.max / reach))
+    wide = out.name == "float64"
+    scale = _native.to_array(_native.cast(scale, "float64" if wide else "float32"))
+    bound = out.max / reach * (1 - 2**-20)  # in float32 the bound itself is rounded
+    return bool(np.any(scale >= bound))
 
 
 def _parameters(

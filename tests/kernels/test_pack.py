@@ -175,3 +175,32 @@ def test_sizes_beyond_memory_are_refused() -> None:
     for rows, cols in ((1 << 62, 8), (1 << 33, 1 << 33), (-1, 1)):
         with pytest.raises((ValueError, OverflowError)):
             _kernels.pack(one, one, rows, cols, 4, 1, 0, 0)
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_what_the_codes_fit(isa, bits, rng) -> None:
+    """One code that does not fit is seen wherever it lies, on every path."""
+    half, both = 1 << (bits - 1), _kernels.FITS_UNSIGNED | _kernels.FITS_SIGNED
+    for (axis, straddle), container in itertools.product(LAYOUTS, CONTAINERS):
+        for shape in ((3, 5), (70, 3), (2, 999), (41, 200)):
+            packed = np.empty_like(
+                pack_oracle.pack(np.zeros(shape, np.uint8), bits, container, axis, straddle)
+            )
+            layout = (*shape, bits, container, axis, int(straddle))
+
+            def fits(codes, packed=packed, layout=layout):
+                return _kernels.pack(packed, codes.astype(np.int64).astype(np.uint8), *layout)
+
+            assert fits(rng.integers(0, half, shape)) == both
+            codes = rng.integers(-half, half, shape)
+            codes[0, 0] = half - 1
+            at = tuple(rng.integers(0, n) for n in shape)
+            codes[at] = -1
+            assert fits(codes) == (both if bits == 8 else _kernels.FITS_SIGNED)
+            codes = rng.integers(0, 2 * half, shape)
+            codes[at] = half
+            assert fits(codes) == (both if bits == 8 else _kernels.FITS_UNSIGNED)
+            if bits < 8:
+                codes = rng.integers(0, half, shape)
+                codes[at] = 2 * half
+                assert fits(codes) == 0
