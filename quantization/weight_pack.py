@@ -124,10 +124,7 @@ def pack_weights(
 def _pack_bytes(
     codes: np.ndarray, bits: int, layout: str, container: str, dim: int
 ) -> tuple[np.ndarray, bool] | None:
-    """Codes of one byte packed in one pass, and whether they are signed.
-
-    None if they do not fit, or are wider.
-    """
+    """Codes of one byte, packed and judged in one pass: containers, if signed; None: no fit."""
     if layout == "base3" or codes.itemsize > 1:
         return None
     made = _native.pack(codes.view("uint8"), bits, container, dim, layout == "dense")
