@@ -54,6 +54,8 @@ PyObject *qk_py_pack_ternary(PyObject *module, PyObject *args);
 PyObject *qk_py_unpack_ternary(PyObject *module, PyObject *args);
 PyObject *qk_py_linear(PyObject *module, PyObject *args);
 PyObject *qk_py_linear_backward(PyObject *module, PyObject *args);
+PyObject *qk_py_linear_packed(PyObject *module, PyObject *args);
+PyObject *qk_py_linear_packed_backward(PyObject *module, PyObject *args);
 PyObject *qk_py_choose_linear(PyObject *module, PyObject *args);
 
 #endif
