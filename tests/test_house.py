@@ -69,6 +69,8 @@ FLOORS = {
     "linear_quantizer": 4,
     "weight_pack": 4,
     "linear": 4,
+    "stored_scales": 3,
+    "grids": 4.3,
     "packed_weights": 4.5,
     "module_walker": 5,
     "target": 5.3,
