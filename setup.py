@@ -29,7 +29,7 @@ if LIMITED_API:
 
 FLAGS, LINK_FLAGS = [], []
 if sys.platform != "win32":
-    FLAGS = ["-std=c11", "-O3", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
+    FLAGS = ["-std=c11", "-O3", "-g0", "-ffp-contract=off", "-fvisibility=hidden", "-pthread"]
     FLAGS += ["-Werror=implicit-function-declaration"]
     LINK_FLAGS = ["-pthread", "-lm"]
 else:

@@ -18,6 +18,7 @@ from benchmarks.bench_model import run_model
 from benchmarks.bench_overhead import run_overhead
 from benchmarks.bench_pack import run_pack
 from benchmarks.bench_quantize import run_quantize
+from benchmarks.records import Results
 from benchmarks.report import markdown, summary_grid
 from benchmarks.roofline import PlotError, plot
 from benchmarks.session import SECTIONS, Session, Settings
@@ -37,6 +38,8 @@ RUNNERS: dict[str, Callable[[Session], None]] = {
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; the exit code is 0 unless the arguments are wrong."""
     options = _parser().parse_args(arguments)
+    if options.read:
+        return _tell_again(options)
     given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python -m benchmarks", *given])
     run = Session(_settings(options), command)
@@ -46,6 +49,22 @@ def main(arguments: list[str] | None = None) -> int:
         if section in run.settings.sections:
             RUNNERS[section](run)
     _finish(run, options)
+    return 0
+
+
+def _tell_again(options: argparse.Namespace) -> int:
+    """The tables and the picture of an earlier run."""
+    entry = json.loads(options.read.read_text())
+    results, settings = Results.from_dict(entry), entry["settings"]
+    best_isa = settings["isas"][0]
+    verdicts = summarize(results, best_isa, settings["are_small"])
+    text = markdown(results, verdicts, best_isa, every_cell=False)
+    if options.plot:
+        plot(results, options.plot)
+    if options.markdown:
+        options.markdown.write_text(text)
+    else:
+        print(text)
     return 0
 
 
@@ -69,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="every number")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables and the summary")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="the roofline (matplotlib)")
+    parser.add_argument("--read", type=Path, metavar="FILE", help="of --json: tell it, in short")
     return parser
 
 

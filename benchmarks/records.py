@@ -44,6 +44,20 @@ class Row:
         """Seconds a call; infinite where there is no timing."""
         return self.timing.median if self.timing else float("inf")
 
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Row:
+        """The row that :meth:`to_dict` wrote, with three samples for all that there were."""
+        entry = dict(entry)
+        names = list(entry)
+        case = {name: entry.pop(name) for name in names[1 : names.index("candidate")]}
+        section, candidate, kind = (entry.pop(name) for name in ("section", "candidate", "kind"))
+        timing = None
+        if "median" in entry:
+            samples = [entry.pop(name) for name in ("p10", "median", "p90")]
+            entry.pop("samples")
+            timing = Timing(samples, entry.pop("calls"))
+        return cls(section, case, candidate, kind, timing, entry, entry.pop("reason", ""))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON; times in seconds."""
         entry: dict[str, Any] = {"section": self.section, **self.case}
@@ -80,6 +94,12 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     absent: dict[str, str] = field(default_factory=dict)
     limits: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> Results:
+        """What a file of ``--json`` holds."""
+        rows = [Row.from_dict(row) for row in entry["rows"]]
+        return cls(entry["machine"], entry["command"], rows, entry["absent"], entry["limits"])
 
     def of(self, section: str) -> list[Row]:
         """Rows of one section."""

@@ -13,14 +13,13 @@ from quantization import _torch_kernels as kernels
 
 # ---- derivatives -----------------------------------------------------------------------------
 #
-# Quantized weights are `tensors`, and `numbers` that say how to read them: for int8 rows (weights,
-# scales) and (); for packed ones (weights, scales, scale_steps, zero_points, codebook) and (bits,
-# group, in_features, present).
+# Quantized weights are `tensors`, and three numbers that say how to read them: for int8 rows
+# (weights, scales) and 8, 0, 0; for packed ones (weights, scales, scale_steps, zero_points,
+# codebook) and bits, group, present. They are passed one by one: vmap takes no tuples apart.
 
 
-def _forward(x, bias, dtype, numbers, *tensors):
-    if numbers:
-        bits, group, _, present = numbers
+def _forward(x, bias, dtype, bits, group, present, *tensors):
+    if group:
         if bias is None:
             return kernels.packed(x, *tensors, tensors[1], bits, group, present, dtype)
         present |= kernels.HAS_BIAS
@@ -30,9 +29,8 @@ def _forward(x, bias, dtype, numbers, *tensors):
     return kernels.linear_bias(x, *tensors, bias, dtype)
 
 
-def _backward(grad, dtype, numbers, *tensors):
-    if numbers:
-        bits, group, in_features, present = numbers
+def _backward(grad, dtype, in_features, bits, group, present, *tensors):
+    if group:
         return kernels.packed_backward(grad, *tensors, in_features, bits, group, present, dtype)
     return kernels.linear_backward(grad, *tensors, dtype)
 
@@ -43,15 +41,17 @@ class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, bias, dtype, numbers, *tensors):
-        return _forward(x, bias, dtype, numbers, *tensors)
+    def forward(x, bias, dtype, bits, group, present, *tensors):
+        return _forward(x, bias, dtype, bits, group, present, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, bias, dtype, numbers, *tensors = inputs
+        x, bias, dtype, *numbers = inputs[:6]
+        tensors = inputs[6:]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.x_dtype, ctx.dtype, ctx.numbers = x.dtype, dtype, numbers
+        ctx.in_features = x.shape[-1]
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
@@ -59,11 +59,11 @@ class _Linear(torch.autograd.Function):
         tensors = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, ctx.x_dtype, ctx.numbers, *tensors)
+            grad_x = _input_gradient(grad, ctx.x_dtype, ctx.in_features, *ctx.numbers, *tensors)
         if ctx.needs_input_grad[1]:
             rows = grad.unsqueeze(0) if grad.dim() == 1 else grad.flatten(0, -2)
             grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
-        return grad_x, grad_bias, None, None, *[None] * len(tensors)
+        return grad_x, grad_bias, *[None] * (4 + len(tensors))
 
 
 class _InputGradient(torch.autograd.Function):
@@ -72,32 +72,34 @@ class _InputGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, dtype, numbers, *tensors):
-        return _backward(grad, dtype, numbers, *tensors)
+    def forward(grad, dtype, in_features, bits, group, present, *tensors):
+        return _backward(grad, dtype, in_features, bits, group, present, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, dtype, numbers, *tensors = inputs
+        grad, dtype, in_features, *numbers = inputs[:6]
+        tensors = inputs[6:]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
-        ctx.grad_dtype, ctx.dtype, ctx.numbers = grad.dtype, dtype, numbers
+        ctx.grad_dtype, ctx.dtype = grad.dtype, dtype
+        ctx.in_features, ctx.numbers = in_features, numbers
 
     @staticmethod
     def backward(ctx, grad):
         tensors = ctx.saved_tensors
-        along = _map(grad, None, ctx.grad_dtype, ctx.numbers, *tensors)
-        return along, None, None, *[None] * len(tensors)
+        along = _map(grad, None, ctx.grad_dtype, *ctx.numbers, *tensors)
+        return along, *[None] * (5 + len(tensors))
 
 
 class _DualLinear(_Linear):
     """The same with forward mode, apart because torch.compile refuses functions that have it."""
 
     @staticmethod
-    def jvp(ctx, x, bias, dtype, numbers, *tensors):
+    def jvp(ctx, x, bias, *rest):
         tangent = None if bias is None else bias.to(ctx.dtype)
         if x is None:
             return tangent
-        along_x = _map(x, None, ctx.dtype, ctx.numbers, *ctx.saved_tensors)
+        along_x = _map(x, None, ctx.dtype, *ctx.numbers, *ctx.saved_tensors)
         return along_x if tangent is None else along_x + tangent
 
 
@@ -105,8 +107,8 @@ class _DualInputGradient(_InputGradient):
     """The same with forward mode."""
 
     @staticmethod
-    def jvp(ctx, grad, dtype, numbers, *tensors):
-        return _input_gradient(grad, ctx.dtype, ctx.numbers, *ctx.saved_tensors)
+    def jvp(ctx, grad, *rest):
+        return _input_gradient(grad, ctx.dtype, ctx.in_features, *ctx.numbers, *ctx.saved_tensors)
 
 
 def _is_forward_mode() -> bool:
@@ -119,18 +121,18 @@ def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
     return _is_forward_mode()
 
 
-def _map(x, bias, dtype, numbers, *tensors):
+def _map(x, bias, dtype, *weights):
     if _is_differentiated(x, bias):
         function = _DualLinear if _is_forward_mode() else _Linear
-        return function.apply(x, bias, dtype, numbers, *tensors)
-    return _forward(x, bias, dtype, numbers, *tensors)
+        return function.apply(x, bias, dtype, *weights)
+    return _forward(x, bias, dtype, *weights)
 
 
-def _input_gradient(grad, dtype, numbers, *tensors):
+def _input_gradient(grad, dtype, in_features, *weights):
     if _is_differentiated(grad):
         function = _DualInputGradient if _is_forward_mode() else _InputGradient
-        return function.apply(grad, dtype, numbers, *tensors)
-    return _backward(grad, dtype, numbers, *tensors)
+        return function.apply(grad, dtype, in_features, *weights)
+    return _backward(grad, dtype, in_features, *weights)
 
 
 def _output_dtype(x: torch.Tensor) -> torch.dtype:
@@ -193,7 +195,7 @@ def linear(
         if out_dtype is None:
             out_dtype = _output_dtype(x)
         _refuse_trained(scales)
-        return _map(x, bias, out_dtype, (), weights, scales)
+        return _map(x, bias, out_dtype, 8, 0, 0, weights, scales)
 
 
 @torch.fx.wrap
@@ -251,5 +253,4 @@ def packed_linear(
         | (codebook is not None) * kernels.HAS_CODEBOOK
     )
     optional = [scales if t is None else t for t in (scale_steps, zero_points, codebook)]
-    numbers = (bits, group, x.shape[-1], present)
-    return _map(x, bias, out_dtype, numbers, weights, scales, *optional)
+    return _map(x, bias, out_dtype, bits, group, present, weights, scales, *optional)

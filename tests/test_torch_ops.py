@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from quantization import _torch_ops
+from quantization import _torch_kernels, _torch_ops
 from quantization._torch_ops import linear
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -375,7 +375,7 @@ def test_a_torch_with_the_shim_gets_the_kernels_in_c() -> None:
     if os.environ.get("QUANTIZATION_TORCH_OPS"):
         pytest.skip("forced by QUANTIZATION_TORCH_OPS")
     expected = "c" if version >= (2, 10) else "python"
-    assert expected == _torch_ops.KERNELS
+    assert expected == _torch_kernels.KERNELS
 
 
 def test_an_unknown_choice_of_kernels_is_refused() -> None:

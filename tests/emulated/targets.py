@@ -19,7 +19,7 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-g", "-ffp-contract=off", "-pthread"]
+FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-ffp-contract=off", "-pthread"]
 FLAGS += ["-Wall", "-Wextra", "-Wstrict-prototypes", "-Werror"]
 NOISE = re.compile(r"^qemu-\w+: warning: TCG doesn't support.*\n", re.MULTILINE)
 SIMDE = "/usr/include/simde/x86/avx512.h"
