@@ -173,7 +173,7 @@ per row, 768 bytes)
             (tensor([[127, -50],
                     [  0,   0]], dtype=torch.int8), tensor([0.0100, 1.0000]))
         """
-        self._take(self._buffers_of(weights, self.dtype, nonfinite, name))
+        self._take(self._buffers_of(weights, self.dtype, nonfinite, name), tuple(weights.shape))
         if _log.isEnabledFor(logging.DEBUG) and self.int8_weights.numel():
             for tokens in (1, 128):
                 _log.debug("%s [%d, %d]: %s", name, *self._weight_shape(), self.kernel(tokens))
@@ -259,7 +259,3 @@ per row, 768 bytes)
                 name=name,
             )
             return {_CODES: codes, "scales": params.scale.reshape(-1).to(dtype)}
-
-    def _take(self, buffers: dict[str, torch.Tensor | None]) -> None:
-        super()._take(buffers)
-        self.out_features, self.in_features = self.int8_weights.shape

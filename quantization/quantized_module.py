@@ -61,9 +61,10 @@ class QuantizedModule(nn.Module):
         """
         raise NotImplementedError
 
-    def _take(self, buffers: dict[str, torch.Tensor | None]) -> None:
-        """Hold those buffers, and be of the sizes that they have."""
-        raise NotImplementedError
+    def _take(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
+        """Hold those buffers, which are of a weight of that shape."""
+        for name, tensor in buffers.items():
+            self._buffers[name] = tensor
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module, but a weight is refused.
@@ -204,7 +205,8 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             device=device,
             dtype=self.dtype,
         )
-        self._take(self._buffers_of(fresh.weight.detach(), self.dtype, "raise", "weights"))
+        buffers = self._buffers_of(fresh.weight.detach(), self.dtype, "raise", "weights")
+        self._take(buffers, self._weight_shape())
         if self.bias is not None:
             self.bias.detach().copy_(fresh.bias.detach())
 
@@ -238,11 +240,10 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             self.nf = linear.nf  # a mark for _take_float_weight
         self.train(linear.training)
 
-    def _take(self, buffers: dict[str, torch.Tensor | None]) -> None:
-        codes = next(iter(buffers.values()))
-        self.bias = bias_beside(codes, self.bias)
-        for name, tensor in buffers.items():
-            self._buffers[name] = tensor
+    def _take(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
+        self.bias = bias_beside(buffers[self._weight_names()[0]], self.bias)
+        super()._take(buffers, shape)
+        self.out_features, self.in_features = shape
 
 
 def bias_beside(codes: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
