@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         per_dim_scale_and_zero_for,
         quantize_linear,
     )
+    from quantization.packed_weights import PackedWeights, pack_matrix
     from quantization.replacement import (
         ReplacementReport,
         Target,
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
         set_isa,
         set_num_threads,
     )
+    from quantization.scheme import Scheme
     from quantization.weight_pack import (
         Packing,
         bit_shifts,
@@ -72,6 +74,7 @@ _HOMES = {
         "per_dim_scale_and_zero_for",
         "quantize_linear",
     ),
+    "packed_weights": ("PackedWeights", "pack_matrix"),
     "replacement": (
         "ReplacementReport",
         "Target",
@@ -79,6 +82,7 @@ _HOMES = {
         "target_class_from",
     ),
     "runtime": ("active_isa", "get_num_threads", "isas", "set_isa", "set_num_threads"),
+    "scheme": ("Scheme",),
     "weight_pack": (
         "Packing",
         "bit_shifts",
@@ -96,10 +100,12 @@ __all__ = [
     "Granularity",
     "LinearKernel",
     "Mode",
+    "PackedWeights",
     "Packing",
     "QWQALinearLayer",
     "QuantizationParameters",
     "ReplacementReport",
+    "Scheme",
     "Target",
     "__version__",
     "active_isa",
@@ -114,6 +120,7 @@ __all__ = [
     "isas",
     "linear_kernel",
     "name_for_quantized_weight_buffer",
+    "pack_matrix",
     "pack_weights",
     "per_dim_scale_and_zero_for",
     "quantize_linear",

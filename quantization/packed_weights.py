@@ -1,0 +1,319 @@
+"""A weight matrix in few bits: packed codes, scales, and what else leads back to its numbers.
+
+Weight k of row n, computed in float32, with ``g = k // group``::
+
+    w[n, k] = (v[code] - z[n, g]) * s[n, g]
+
+``v[code]`` is ``codebook[code]`` where there is a codebook; else the code itself, unsigned where
+there are zero points, in two's complement where there are none. ``z`` is 0 without zero points.
+
+``packed_weights`` uint8 ``[out, row bytes]``
+    Codes of ``bits`` bits, the first in the lowest bits, each row starting on a byte: the layout
+    ``dense`` of :func:`quantization.pack_weights` along dim 1. Ternary: its layout ``base3``, five
+    codes a byte.
+``scales`` ``[out, groups]``, ``groups = ceil(in / group)``
+    Floats; or uint8 codes under ``scale_steps`` float32 ``[out]``, ``s = code * step`` (double
+    quantization); or, in the grid ``mxfp4``, uint8 exponents, ``s = 2**(u - 127)``, 255 for NaN.
+    Without groups there is one a row; one for the whole matrix is repeated.
+``zero_points``, in mode Asymmetric
+    Integers of ``bits`` bits, packed as the codes are, uint8 ``[out, ceil(groups * bits / 8)]``; or
+    floats ``[out, groups]``.
+``codebook``, for the grids that have one
+    Levels ``[1, 2**bits]``, or ``[out, 2**bits]`` where each row has its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quantization import _native
+from quantization._native import Tensor
+from quantization.dtypes import name_of, source_of
+from quantization.granularity import PerGroup
+from quantization.linear_quantizer import dequantize_linear, quantize_linear
+from quantization.parameters import Mode, QuantizationParameters
+from quantization.rules import rule_for, source_type
+from quantization.scheme import Scheme, checked_shape, scheme_of
+from quantization.weight_pack import pack_weights, unpack_weights
+
+__all__ = ["PackedWeights", "pack_matrix"]
+
+_PARTS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedWeights:
+    """The tensors of a packed matrix; the head of the module says what each holds.
+
+    Attributes:
+        scheme: how the matrix is stored.
+        shape: ``(out_features, in_features)``.
+        packed_weights: uint8 ``[out, row bytes]``.
+        scales: floats or uint8, ``[out, groups]``.
+        scale_steps: float32 ``[out]``, or None.
+        zero_points: uint8 or floats, or None.
+        codebook: floats, or None.
+        dtype: type of the weights, a torch dtype, NumPy dtype or name; None: that of the scales,
+            or of the codebook where scales are codes, else float32. Kept as its name.
+
+    All tensors are of one kind, torch or NumPy, and on one device; meta tensors will do.
+
+    Raises:
+        TypeError: if a tensor has a type that it cannot have.
+        ValueError: if a tensor is missing, is one too many or has another shape than scheme and
+            shape give it.
+
+    Example:
+        >>> import numpy as np
+        >>> packed = pack_matrix(np.array([[-3.5, 2.0, 1.0]], "float32"), Scheme(bits=4))
+        >>> packed
+        PackedWeights(Scheme(bits=4), (1, 3), float32, 6 bytes)
+        >>> packed.packed_weights, packed.scales.shape
+        (array([[72,  2]], dtype=uint8), (1, 1))
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    packed_weights: Tensor
+    scales: Tensor
+    scale_steps: Tensor | None = None
+    zero_points: Tensor | None = None
+    codebook: Tensor | None = None
+    dtype: Any = None
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scheme", scheme_of(self.scheme))
+        object.__setattr__(self, "shape", checked_shape(self.shape))
+        given = {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}
+        needed = self.scheme.buffers(self.shape)
+        for name in (*needed, *given):
+            if (name in needed) != (name in given):
+                verb = "needs" if name in needed else "has no"
+                raise ValueError(f"scheme {self.scheme} {verb} {name}")
+        for name, buffer in needed.items():
+            _check_part(name, given[name], buffer.shape, buffer.dtype)
+        object.__setattr__(self, "dtype", self._settled_dtype())
+
+    def _settled_dtype(self) -> str:
+        if self.dtype is not None:
+            return source_of(self.dtype, "a packed matrix").name
+        for tensor in (self.scales, self.codebook):
+            if tensor is not None and name_of(tensor.dtype) != "uint8":
+                return name_of(tensor.dtype)
+        return "float32"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together.
+
+        Example:
+            >>> import numpy as np
+            >>> pack_matrix(np.ones((8, 128), "float32"), Scheme.int8()).nbytes
+            1056
+        """
+        tensors = (getattr(self, name) for name in _PARTS)
+        return sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes, all tensors counted; NaN for no weights.
+
+        Example:
+            >>> import numpy as np
+            >>> pack_matrix(np.ones((8, 128), "float32"), Scheme.int8()).bits_per_weight
+            8.25
+        """
+        count = self.shape[0] * self.shape[1]
+        return 8 * self.nbytes / count if count else float("nan")
+
+    def dequantize(self, dtype: Any = None) -> Tensor:
+        """The numbers that the codes stand for, computed in float32 and rounded once.
+
+        Args:
+            dtype: of the result: float32, float64, float16 or bfloat16; None: :attr:`dtype`.
+
+        Returns:
+            ``[out, in]``, of the kind and on the device of the packed codes. A number beyond the
+            largest of ``dtype`` becomes that one, not infinity.
+
+        Raises:
+            TypeError: for another dtype.
+
+        Source: the formula at the head of the module.
+
+        Example:
+            >>> import numpy as np
+            >>> pack_matrix(np.array([[-127.0, 3.2, 64.0]], "float32"), Scheme.int8()).dequantize()
+            array([[-127.,    3.,   64.]], dtype=float32)
+        """
+        out = source_of(self.dtype if dtype is None else dtype, "the matrix to restore").name
+        if _native.is_meta(self.packed_weights) or 0 in self.shape:
+            return _native.filled(self.shape, 0, out, self.packed_weights)
+        wide = "float32" if out == "float64" else out
+        zero = self._integer_zero_points()
+        params = QuantizationParameters(
+            self._restored_scales(),
+            zero,
+            Mode.Symmetric if zero is None else Mode.Asymmetric,
+            PerGroup(self.scheme.group(self.shape[1])),
+            dtype=wide,
+        )
+        return _native.cast(dequantize_linear(self._values(), params), out)
+
+    def _codes(self) -> Tensor:
+        """One code a weight: int8 where they are signed, else uint8."""
+        is_signed = self.scheme.mode is Mode.Symmetric and not self.scheme.has_codebook
+        return unpack_weights(
+            self.packed_weights,
+            self.scheme.bits,
+            dtype="int8" if is_signed else "uint8",
+            layout="base3" if self.scheme.grid == "ternary" else "dense",
+            dim=1,
+            size=self.shape[1],
+        )
+
+    def _values(self) -> Tensor:
+        """What scales multiply, after integer zero points: codes or levels."""
+        return self._codes()
+
+    def _integer_zero_points(self) -> Tensor | None:
+        if self.scheme.mode is not Mode.Asymmetric:
+            return None
+        groups = self.scheme.groups(self.shape[1])
+        zero = unpack_weights(
+            self.zero_points, self.scheme.bits, layout="dense", dim=1, size=groups
+        )
+        return _native.cast(zero, "int32")
+
+    def _restored_scales(self) -> Tensor:
+        """The scales as float32."""
+        return _native.cast(self.scales, "float32")
+
+    def __repr__(self) -> str:
+        return f"PackedWeights({self.scheme!r}, {self.shape}, {self.dtype}, {self.nbytes:,} bytes)"
+
+
+def pack_matrix(
+    weight: Tensor,
+    scheme: Scheme | str,
+    *,
+    importance: Tensor | None = None,
+    nonfinite: str = "raise",
+    name: str = "weight",
+) -> PackedWeights:
+    """Quantize a matrix under a scheme, and pack its codes.
+
+    Scales are rounded to their stored type before any code is made, and codes are made for the
+    numbers that :meth:`PackedWeights.dequantize` gives back.
+
+    Integer codes are those of :func:`quantization.quantize_linear`: symmetric ones use the full
+    range of their width, but -127..127 in 8 bits, as the int8 layer does.
+
+    Args:
+        weight: ``[out, in]``, float32, float64, float16 or bfloat16, a torch tensor (also on meta:
+            only shapes are made) or an ndarray. Either size may be 0. It is only read.
+        scheme: a :class:`quantization.Scheme`, or its short name.
+        importance: ``[in]``, not negative: how much the squared error of each column counts, such
+            as the mean square of that input.
+        nonfinite: ``"raise"`` refuses a NaN or infinity; ``"mark"`` gives its group the scale NaN,
+            so that just this group dequantizes to NaN.
+        name: what error messages call the matrix.
+
+    Raises:
+        TypeError: for a weight or scheme of the wrong type.
+        ValueError: for another number of dimensions, a NaN or infinity (named with its index), or
+            scales beyond their type.
+
+    Source: the table at the head of :mod:`quantization.scheme`.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.linspace(-1, 1, 200).view(2, 100)
+        >>> packed = pack_matrix(weight, "w4g64a")
+        >>> packed.scales.shape, packed.packed_weights.shape
+        (torch.Size([2, 2]), torch.Size([2, 50]))
+        >>> bool((packed.dequantize() - weight).abs().max() <= packed.scales.max() / 2)
+        True
+    """
+    scheme = scheme_of(scheme)
+    source = source_type(weight, name)
+    if weight.ndim != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}; expected [out_features, in_features]"
+        )
+    rule_for(source, "int8", Mode.Symmetric, None, scheme.scale_dtype, nonfinite)
+    shape = tuple(weight.shape)
+    if importance is not None:
+        raise ValueError(
+            f"scheme {scheme} makes no choice that importance could weigh: leave it out"
+        )
+    if _native.is_meta(weight) or 0 in shape:
+        return _blank(weight, scheme)
+    if scheme.grid != "integer" or scheme.double_quant or scheme.zero_point == "float":
+        raise NotImplementedError(f"scheme {scheme} comes next")
+    code = f"{'int' if scheme.mode is Mode.Symmetric else 'uint'}{scheme.bits}"
+    codes, params = quantize_linear(
+        weight,
+        code,
+        scheme.granularity,
+        scheme.mode,
+        narrow_range=_narrow_range(scheme),
+        scale_dtype=scheme.scale_dtype or source,
+        nonfinite=nonfinite,
+        name=name,
+    )
+    zero = None
+    if scheme.mode is Mode.Asymmetric:
+        zero = _pack(_native.cast(_a_row(params.zero_point, shape[0]), "uint8"), scheme.bits)
+    return PackedWeights(
+        scheme,
+        shape,
+        _pack(codes, scheme.bits),
+        _a_row(params.scale, shape[0]),
+        zero_points=zero,
+        dtype=source.name,
+    )
+
+
+def _narrow_range(scheme: Scheme) -> bool | None:
+    """Whether the most negative code is left out."""
+    return scheme.bits == 8 if scheme.mode is Mode.Symmetric else None
+
+
+def _pack(codes: Tensor, bits: int) -> Tensor:
+    return pack_weights(codes, bits, layout="dense", dim=1)
+
+
+def _a_row(values: Tensor, rows: int) -> Tensor:
+    """Scales ``[out, groups]``: one of a whole matrix is repeated."""
+    if values.ndim == 2:
+        return values
+    if _native.is_torch(values):
+        return values.reshape(1, 1).repeat(rows, 1)
+    return np.full((rows, 1), values)
+
+
+def _blank(weight: Tensor, scheme: Scheme) -> PackedWeights:
+    """What a matrix without numbers packs to: zeros, or shapes only."""
+    shape, dtype = tuple(weight.shape), name_of(weight.dtype)
+    parts = {
+        name: _native.filled(buffer.shape, int(name == "scales"), buffer.dtype, weight)
+        for name, buffer in scheme.buffers(shape, dtype).items()
+    }
+    return PackedWeights(scheme, shape, **parts, dtype=dtype)
+
+
+def _check_part(name: str, tensor: Any, shape: tuple[int, ...], dtype: str) -> None:
+    if not _native.is_tensor(tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or ndarray, not {type(tensor).__name__}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this scheme needs {shape}")
+    if dtype != "uint8":
+        source_of(tensor.dtype, name)
+    elif name_of(tensor.dtype) != "uint8":
+        raise TypeError(f"{name} has dtype {name_of(tensor.dtype)}; this scheme needs uint8")

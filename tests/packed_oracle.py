@@ -1,0 +1,88 @@
+"""What packed tensors say, read bit by bit in NumPy: the numbers of a packed matrix in float64."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+#: Parts of a packed matrix that are tensors.
+PARTS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook")
+
+
+def array_of(tensor: Any) -> np.ndarray:
+    """A tensor of either kind; floats as float64, which loses nothing."""
+    if hasattr(tensor, "detach"):
+        tensor = tensor.double() if tensor.is_floating_point() else tensor
+        return tensor.numpy()
+    return tensor if tensor.dtype == np.uint8 else tensor.astype(np.float64)
+
+
+def unpacked(data: np.ndarray, bits: int, count: int) -> np.ndarray:
+    """The first `count` codes of each row, unsigned."""
+    rows = data.shape[0]
+    stream = np.unpackbits(data, axis=1, bitorder="little")[:, : count * bits]
+    weights = 1 << np.arange(bits)
+    return (stream.reshape(rows, count, bits) * weights).sum(-1)
+
+
+def ternary_digits(data: np.ndarray, count: int) -> np.ndarray:
+    """The first `count` base-3 digits of each row."""
+    digits = data[:, :, None].astype(np.int64) // 3 ** np.arange(5) % 3
+    return digits.reshape(data.shape[0], -1)[:, :count]
+
+
+def read(packed: Any) -> SimpleNamespace:
+    """Codes, and for each weight its level, scale and zero point, all float64 `[out, in]`."""
+    scheme, cols = packed.scheme, packed.shape[1]
+    parts = {
+        name: None if getattr(packed, name) is None else array_of(getattr(packed, name))
+        for name in PARTS
+    }
+    place = np.arange(cols) // scheme.group(cols)
+    if scheme.grid == "ternary":
+        codes = ternary_digits(parts["packed_weights"], cols)
+        level = np.where(codes == 2, -1.0, codes)
+    else:
+        codes = unpacked(parts["packed_weights"], scheme.bits, cols)
+        level = _levels(codes, scheme.bits, parts)
+    scale = _scales(parts)[:, place]
+    zero = np.zeros_like(scale)
+    if parts["zero_points"] is not None:
+        zeros = parts["zero_points"]
+        if zeros.dtype == np.uint8:
+            zeros = unpacked(zeros, scheme.bits, scheme.groups(cols))
+        zero = zeros[:, place].astype(np.float64)
+    return SimpleNamespace(codes=codes, level=level, scale=scale, zero=zero)
+
+
+def _levels(codes: np.ndarray, bits: int, parts: dict[str, Any]) -> np.ndarray:
+    if parts["codebook"] is not None:
+        book = np.broadcast_to(parts["codebook"], (codes.shape[0], 2**bits))
+        return np.take_along_axis(book, codes, axis=1)
+    if parts["zero_points"] is not None:
+        return codes.astype(np.float64)
+    return np.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes).astype(np.float64)
+
+
+def _scales(parts: dict[str, Any]) -> np.ndarray:
+    scales = parts["scales"]
+    if parts["scale_steps"] is not None:
+        return scales * parts["scale_steps"][:, None]
+    if scales.dtype == np.uint8:
+        return np.where(scales == 255, np.nan, 2.0 ** (scales.astype(np.float64) - 127))
+    return scales
+
+
+def numbers(packed: Any) -> np.ndarray:
+    """`(level - zero) * scale` in float64."""
+    parts = read(packed)
+    return (parts.level - parts.zero) * parts.scale
+
+
+def tolerance(packed: Any) -> np.ndarray:
+    """How far the same in float32 may lie: two roundings, one of the scale, one of a subnormal."""
+    parts = read(packed)
+    size = (np.abs(parts.level) + np.abs(parts.zero)) * np.abs(parts.scale)
+    return 4 * 2.0**-24 * size + 2.0**-149
