@@ -34,6 +34,8 @@ if TYPE_CHECKING:
         per_dim_scale_and_zero_for,
         quantize_linear,
     )
+    from quantization.packed_embedding import PackedEmbedding
+    from quantization.packed_layer import PackedLinearLayer
     from quantization.packed_weights import PackedWeights, pack_matrix
     from quantization.replacement import (
         ReplacementReport,
@@ -74,6 +76,8 @@ _HOMES = {
         "per_dim_scale_and_zero_for",
         "quantize_linear",
     ),
+    "packed_embedding": ("PackedEmbedding",),
+    "packed_layer": ("PackedLinearLayer",),
     "packed_weights": ("PackedWeights", "pack_matrix"),
     "replacement": (
         "ReplacementReport",
@@ -100,6 +104,8 @@ __all__ = [
     "Granularity",
     "LinearKernel",
     "Mode",
+    "PackedEmbedding",
+    "PackedLinearLayer",
     "PackedWeights",
     "Packing",
     "QWQALinearLayer",

@@ -8,7 +8,7 @@ importable from here too.
 from __future__ import annotations
 
 import logging
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
@@ -21,6 +21,10 @@ from quantization.module_walker import float_parts
 from quantization.quantized_module import QuantizedLinear, check_weight
 from quantization.replacement import replace_linear_layers_with_w8a16
 from quantization.target import Target, accepted, target_class_from
+
+if TYPE_CHECKING:
+    from quantization.packed_layer import PackedLinearLayer
+    from quantization.scheme import Scheme
 
 __all__ = [
     "QWQALinearLayer",
@@ -214,6 +218,28 @@ per row, 768 bytes)
         buffers = self._buffers
         scales = buffers["scales"]
         return buffers[_CODES].to(scales.dtype) * scales.unsqueeze(1)
+
+    def to_scheme(self, scheme: Scheme | str) -> PackedLinearLayer:
+        """The packed layer of another scheme; this one is left as it is.
+
+        Exact for schemes of symmetric codes of 8 bits, such as ``Scheme.int8()``, in groups too.
+        Otherwise the numbers that the codes stand for are quantized anew, which adds an error to
+        that which they have: from the float layer is better, where there is one.
+
+        Args:
+            scheme: a :class:`quantization.Scheme`, or its short name.
+
+        Raises:
+            TypeError, ValueError: if it is neither.
+
+        Example:
+            >>> layer = QWQALinearLayer(64, 32)
+            >>> bool((layer.to_scheme("int8").weight == layer.weight).all())
+            True
+        """
+        from quantization.packed_layer import packed_from_int8  # which turns into this class too
+
+        return packed_from_int8(self, scheme)
 
     def kernel(self, tokens: int = 1, dtype: torch.dtype | None = None) -> LinearKernel:
         """What :meth:`forward` would run for so many rows of activations, on this CPU, now.

@@ -246,9 +246,13 @@ def _why_class(module: Any) -> str | None:
     return f"{kind} is not nn.Linear"
 
 
+def _tensors_of(module: nn.Module) -> tuple[str, ...]:
+    return ("weight",) if isinstance(module, nn.Embedding) else ("weight", "bias")
+
+
 def _why_rewritten(module: nn.Module) -> str | None:
     """Whether something writes the weight before each call, or stands in for forward."""
-    for name in ("weight", "bias"):
+    for name in _tensors_of(module):
         if name in module._parameters:
             continue
         if f"{name}_mask" in module._buffers:
@@ -281,7 +285,7 @@ def _why_extras(module: nn.Module) -> str | None:
 
 
 def _why_weight(module: nn.Module) -> str | None:
-    for name in ("weight", "bias"):
+    for name in _tensors_of(module):
         value = module._parameters[name]
         if value is None:
             if name == "weight":
@@ -292,15 +296,57 @@ def _why_weight(module: nn.Module) -> str | None:
         if value.dtype not in _FLOATS or value.layout is not torch.strided:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
             return f"its {name} is {value.dtype} ({value.layout}); dense {allowed} can be converted"
-    weight, bias = module.weight, module.bias
+    weight, bias = module.weight, getattr(module, "bias", None)
     if weight.ndim != 2:
         return f"its weight has shape {tuple(weight.shape)}, not two dimensions"
+    if isinstance(module, nn.Embedding):
+        return None
     out_features = module.nf if is_conv1d(module) else module.out_features
     if weight.shape[1 if is_conv1d(module) else 0] != out_features:
         return f"its weight has shape {tuple(weight.shape)}, but it has {out_features} outputs"
     if bias is not None and tuple(bias.shape) != (out_features,):
         return f"its bias has shape {tuple(bias.shape)}, expected ({out_features},)"
     return None
+
+
+# ---- embeddings ------------------------------------------------------------------------------
+
+
+def embedding_table(embedding: nn.Module) -> torch.Tensor:
+    """The weight [num_embeddings, embedding_dim] of an embedding, detached, not copied.
+
+    Raises:
+        TypeError: if it is no embedding that can be converted; the message says why.
+
+    Example:
+        >>> embedding_table(nn.Embedding(5, 2)).shape
+        torch.Size([5, 2])
+    """
+    reason = why_embedding_left(embedding)
+    if reason is not None:
+        raise TypeError(f"{type(embedding).__name__} cannot be converted: {reason}")
+    return embedding.weight.detach()
+
+
+def why_embedding_left(module: Any) -> str | None:
+    """Why an embedding cannot be converted, in words; else None.
+
+    Example:
+        >>> why_embedding_left(nn.Embedding(5, 2))
+        >>> why_embedding_left(nn.Embedding(5, 2, max_norm=1.0))
+        'max_norm: its calls shrink rows of the weight'
+    """
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if not isinstance(module, nn.Embedding):
+        return f"{kind} is not nn.Embedding"
+    if parametrize.is_parametrized(module):
+        return _why_class(module)
+    if type(module) is not nn.Embedding:
+        return f"{kind} is a subclass of nn.Embedding: its forward may do more than a look-up"
+    if module.max_norm is not None:
+        return "max_norm: its calls shrink rows of the weight"
+    reasons = (reason(module) for reason in (_why_rewritten, _why_extras, _why_weight))
+    return next(filter(None, reasons), None)
 
 
 def adapters(sites: list[Site]) -> dict[int, str]:

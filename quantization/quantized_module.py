@@ -30,7 +30,7 @@ class QuantizedModule(nn.Module):
     """
 
     #: Attributes of instances that mean nothing to a layer of another kind.
-    OWN_ATTRIBUTES: ClassVar[frozenset[str]] = frozenset()
+    OWN_ATTRIBUTES: ClassVar[frozenset[str]] = frozenset({"nf"})
 
     @property
     def dtype(self) -> torch.dtype:

@@ -81,7 +81,8 @@ def test_public_names_load(name: str) -> None:
     home = f"quantization.{quantization._HOME_OF[name]}"
     if importlib.util.find_spec(home) is None:
         pytest.fail(f"{home} is missing")
-    if quantization._HOME_OF[name] in {"linear_layer", "replacement"}:
+    torch_homes = {"linear_layer", "packed_embedding", "packed_layer", "replacement"}
+    if quantization._HOME_OF[name] in torch_homes:
         pytest.importorskip("torch")
     assert getattr(quantization, name) is getattr(sys.modules[home], name)
     assert name in vars(quantization)
