@@ -124,8 +124,8 @@ def memory_of(tensor: torch.Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel()
 
 
-def weight_of(layer: nn.Module) -> torch.Tensor:
-    """The tensor in memory that holds a layer's weight: the weight itself, or the codes.
+def weight_of(layer: nn.Module) -> torch.Tensor | None:
+    """The tensor in memory that holds a layer's weight, if one does: itself, or its codes.
 
     Example:
         >>> from quantization import QWQALinearLayer
@@ -134,7 +134,7 @@ def weight_of(layer: nn.Module) -> torch.Tensor:
     """
     if isinstance(layer, QuantizedModule):
         return layer._buffers[layer._weight_names()[0]]
-    return layer.weight
+    return getattr(layer, "weight", None)
 
 
 def share_weights(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
@@ -146,6 +146,8 @@ def share_weights(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
     firsts: dict[tuple, nn.Module] = {}
     for old, new in pairs:
         weight = weight_of(old)
+        if weight is None:
+            continue
         key = (*memory_of(weight), weight.shape, weight.stride(), is_conv1d(old))
         first = firsts.setdefault(key, new)
         if first is new:

@@ -101,12 +101,27 @@ def match_patterns(sites: list[Site], patterns: Pattern | Iterable[Pattern]) -> 
         patterns = [patterns]
     own: dict[int, str] = {}
     for pattern in patterns:
-        test = _compile(pattern)
-        matched = [id(site.module) for site in sites if test(site)]
-        if not matched:
-            raise ValueError(_no_match(pattern, sites))
-        own |= dict.fromkeys(matched, _text(pattern))
+        own |= dict.fromkeys(matching(sites, pattern), pattern_text(pattern))
     return inherit(sites, own)
+
+
+def matching(sites: list[Site], pattern: Pattern) -> list[int]:
+    """Ids of the modules that one pattern names itself, whatever these hold.
+
+    Raises:
+        TypeError: for a pattern of another kind.
+        ValueError: for a pattern that matches no module of the model, with the nearest names.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+        >>> len(matching(list(walk(model)), nn.Linear))
+        2
+    """
+    test = _compile(pattern)
+    matched = [id(site.module) for site in sites if test(site)]
+    if not matched:
+        raise ValueError(_no_match(pattern, sites))
+    return matched
 
 
 def _compile(pattern: Any) -> Callable[[Site], bool]:
@@ -117,7 +132,7 @@ def _compile(pattern: Any) -> Callable[[Site], bool]:
     if callable(pattern) and not isinstance(pattern, type | nn.Module):
         return lambda site: bool(pattern(site.name, site.module))
     raise TypeError(
-        f"cannot exclude by {pattern!r}; a pattern is a child name, a dotted name, a glob, "
+        f"cannot choose modules by {pattern!r}; a pattern is a child name, a dotted name, a glob, "
         "'re:<regular expression>', a module type or a predicate(name, module)"
     )
 
@@ -137,7 +152,13 @@ def _compile_text(pattern: str) -> Callable[[Site], bool]:
     return lambda site: site.parent is not None and pattern in (site.name, site.key)
 
 
-def _text(pattern: Pattern) -> str:
+def pattern_text(pattern: Pattern) -> str:
+    """A pattern for reading.
+
+    Example:
+        >>> pattern_text("lm_head"), pattern_text(nn.Linear)
+        ("'lm_head'", 'Linear')
+    """
     if isinstance(pattern, str):
         return repr(pattern)
     return getattr(pattern, "__qualname__", None) or repr(pattern)
@@ -153,8 +174,9 @@ def _no_match(pattern: Pattern, sites: list[Site]) -> str:
     short = [name for name in names if len(name) <= 200]
     near = difflib.get_close_matches(wanted, short, n=3, cutoff=0.5) or short[:3]
     return (
-        f"the pattern {_text(pattern)} matches no module of the model, so nothing was changed; "
-        f"the nearest names are {', '.join(map(repr, near)) or 'none: the model has no children'}"
+        f"the pattern {pattern_text(pattern)} matches no module of the model, so nothing was "
+        "changed; the nearest names are "
+        f"{', '.join(map(repr, near)) or 'none: the model has no children'}"
     )
 
 

@@ -133,7 +133,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
 
         Example:
             >>> from quantization import pack_matrix
-            >>> PackedEmbedding.from_packed(pack_matrix(torch.eye(4), "w2"))(torch.tensor([2]))
+            >>> PackedEmbedding.from_packed(pack_matrix(torch.eye(4), "w2a"))(torch.tensor([2]))
             tensor([[0., 0., 1., 0.]])
         """
         dtype = getattr(torch, packed.dtype)
@@ -164,10 +164,10 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             ValueError: if it has not two dimensions, or holds a NaN or infinity (with its index).
 
         Example:
-            >>> table = PackedEmbedding(1, 2, scheme="w4")
-            >>> table.quantize(torch.tensor([[7.0, -2.0]]))
+            >>> table = PackedEmbedding(1, 2, scheme="w4a")
+            >>> table.quantize(torch.tensor([[0.0, 15.0]]))
             >>> table.weight
-            tensor([[ 7., -2.]])
+            tensor([[ 0., 15.]])
         """
         buffers = self._buffers_of(weights, self.dtype, nonfinite, name, importance)
         self._take(buffers, tuple(weights.shape))

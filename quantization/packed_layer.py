@@ -131,7 +131,7 @@ weights=w4g64a, 1,312 bytes)
 
         Example:
             >>> from quantization import pack_matrix
-            >>> PackedLinearLayer.from_packed(pack_matrix(torch.eye(8), "w2")).weight[0, :2]
+            >>> PackedLinearLayer.from_packed(pack_matrix(torch.eye(8), "w2a")).weight[0, :2]
             tensor([1., 0.])
         """
         if not isinstance(packed, PackedWeights):
@@ -173,10 +173,10 @@ weights=w4g64a, 1,312 bytes)
                 The layer is then as it was.
 
         Example:
-            >>> layer = PackedLinearLayer(2, 1, bias=False, scheme="w4")
-            >>> layer.quantize(torch.tensor([[7.0, -2.0], [0.0, 0.0]]))
+            >>> layer = PackedLinearLayer(2, 1, bias=False, scheme="w4a")
+            >>> layer.quantize(torch.tensor([[0.0, 15.0], [0.0, 0.0]]))
             >>> layer.weight
-            tensor([[ 7., -2.],
+            tensor([[ 0., 15.],
                     [ 0.,  0.]])
         """
         buffers = self._buffers_of(weights, self.dtype, nonfinite, name, importance)

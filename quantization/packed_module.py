@@ -62,7 +62,7 @@ class PackedModule(QuantizedModule):
 
         Example:
             >>> from quantization import PackedLinearLayer
-            >>> str(PackedLinearLayer(64, 32, scheme="nf4").scheme)
+            >>> str(PackedLinearLayer(64, 32, scheme="nf4", device="meta").scheme)
             'nf4g64'
         """
         return self._scheme

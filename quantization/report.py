@@ -119,6 +119,14 @@ class ReplacementReport(Sequence[Candidate]):
     noun: str = "linear layers"
 
     @property
+    def bits_per_weight(self) -> float:
+        """Of the weights that are quantized now, scales and all included; 0 if there are none."""
+        held = [c for c in self.candidates if c.bits_per_weight is not None]
+        weights = sum(candidate.weights for candidate in held)
+        bits = sum((candidate.bits_per_weight or 0) * candidate.weights for candidate in held)
+        return bits / weights if weights else 0.0
+
+    @property
     def replaced(self) -> list[Candidate]:
         """Those that this call replaced."""
         return self._having("replaced")
@@ -163,7 +171,7 @@ class ReplacementReport(Sequence[Candidate]):
         for candidate in self.candidates:
             if key == candidate.name or key in candidate.aliases:
                 return candidate
-        raise KeyError(f"{key!r} is no linear layer of the model")
+        raise KeyError(f"{key!r} is no {self.noun.removesuffix('s')} of the model")
 
     def __repr__(self) -> str:
         return "\n".join([self._headline(), *_table(self.candidates), *self._totals()])
@@ -183,7 +191,8 @@ class ReplacementReport(Sequence[Candidate]):
         lines = [
             f"replaced layers: {size(self.bytes_before)} -> {size(self.bytes_after)}{ratio}",
             f"whole model: {size(self.model_bytes_before)} -> {size(self.model_bytes_after)}; "
-            f"{self.coverage:.1%} of its parameters are {kind}",
+            f"{self.coverage:.1%} of its parameters are {kind}"
+            + (f", {self.bits_per_weight:.2f} bits each" if self.caller and self.coverage else ""),
         ]
         if self.float_tensors:
             biggest = ", ".join(

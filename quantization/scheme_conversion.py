@@ -72,9 +72,9 @@ def int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
 
     Example:
         >>> from quantization.packed_weights import pack_matrix
-        >>> codes, scales = int8_parts(pack_matrix(torch.tensor([[7.0, -2.0]]), "w4"))
+        >>> codes, scales = int8_parts(pack_matrix(torch.tensor([[15.0, 2.0]]), "w4a"))
         >>> codes.tolist(), scales.tolist()
-        ([[7, -2]], [1.0])
+        ([[15, 2]], [1.0])
     """
     scheme, cols = packed.scheme, packed.shape[1]
     if scheme.groups(cols) > 1:

@@ -56,6 +56,7 @@ def swap(
     *,
     strict: bool = False,
     untie: bool = False,
+    noun: str = "linear layers",
     **words: Any,
 ) -> ReplacementReport:
     """Build what the layers of status ``"replaced"`` are to become, put it in, and report.
@@ -66,6 +67,7 @@ def swap(
         target: the class of layer that counts as covered in the report.
         strict: raise if a layer would be left.
         untie: replace also what shares its weight with a tensor that stays.
+        noun: what the layers are called.
         **words: further fields of the report.
 
     Raises:
@@ -74,14 +76,14 @@ def swap(
     """
     _leave_tied(layers, sites, untie)
     if strict:
-        _refuse_left(layers)
-    _warn_if_nothing_to_do(layers)
+        _refuse_left(layers, noun)
+    _warn_if_nothing_to_do(layers, noun)
     for layer in layers:
         if layer.status == "replaced" and layer.make is not None:
             layer.new = convert(layer.module, layer.names[0], layer.make)
     share_weights([(layer.module, layer.new) for layer in layers if layer.new is not None])
     swapped = {id(layer.module): layer.new for layer in layers if layer.new is not None}
-    report = _report(sites, layers, target, swapped, words)
+    report = _report(sites, layers, target, swapped, {"noun": noun} | words)
     _assign(_stores(sites, swapped))
     return report
 
@@ -99,7 +101,8 @@ def _leave_tied(layers: list[Layer], sites: list[Site], untie: bool) -> None:
     for layer in layers:
         if layer.status != "replaced":
             continue
-        other = staying.get(memory_of(weight_of(layer.module)))
+        weight = weight_of(layer.module)
+        other = None if weight is None else staying.get(memory_of(weight))
         if other is None:
             continue
         stays = "stays as it is" if isinstance(layer.module, QuantizedModule) else "stays in float"
@@ -124,20 +127,20 @@ def tensors_of(sites: Iterable[Site]) -> Iterable[tuple[str, torch.Tensor, nn.Mo
                     yield prefix + key, tensor, site.module
 
 
-def _refuse_left(layers: list[Layer]) -> None:
+def _refuse_left(layers: list[Layer], noun: str) -> None:
     left = [layer for layer in layers if layer.status == "left"]
     if left:
         lines = [f"  {layer.names[0] or '(the model)'}: {layer.reason}" for layer in left]
         raise ValueError(
-            f"strict: {len(left)} linear layers would be left in float, so nothing was changed; "
+            f"strict: {len(left)} {noun} would be left in float, so nothing was changed; "
             "exclude them by name if that is meant\n" + "\n".join(lines)
         )
 
 
-def _warn_if_nothing_to_do(layers: list[Layer]) -> None:
+def _warn_if_nothing_to_do(layers: list[Layer], noun: str) -> None:
     if any(layer.status != "left" for layer in layers):
         return
-    why = "the model has no linear layer"
+    why = f"the model has no {noun}"
     if layers:
         why = f"{layers[0].names[0] or 'the model'} is {layers[0].reason}"
         why += f", and {len(layers) - 1} more in the report" if len(layers) > 1 else ""
@@ -155,11 +158,10 @@ def _report(
     words: dict[str, Any],
 ) -> ReplacementReport:
     """The report of what is about to be done."""
-    after_sites = [
-        site._replace(module=swapped.get(id(site.module), site.module)) for site in sites
-    ]
+    after_sites = list(_sites_after(sites, swapped))
     before, after = list(tensors_of(sites)), list(tensors_of(after_sites))
-    old_ids, new_ids = set(swapped), {id(new) for new in swapped.values()}
+    old_ids = set(swapped)
+    new_ids = {id(module) for new in swapped.values() for module in new.modules()}
     quantized = [layer for layer in layers if isinstance(layer.now, target) and not layer.parameter]
     floats = _floats(after, {id(layer.now) for layer in quantized})
     covered = _covered(quantized)
@@ -176,6 +178,18 @@ def _report(
         coverage=covered / total if total else 0.0,
         **words,
     )
+
+
+def _sites_after(sites: list[Site], swapped: dict[int, nn.Module]) -> Iterable[Site]:
+    """The places of the model with the new modules in, and with what these hold."""
+    for site in sites:
+        new = swapped.get(id(site.module))
+        if new is None:
+            yield site
+            continue
+        for inner in module_walker.walk(new):
+            name = ".".join(filter(None, (site.name, inner.name)))
+            yield inner._replace(name=name)
 
 
 def _floats(
@@ -199,8 +213,9 @@ def _covered(layers: list[Layer]) -> int:
     """Weights that are codes afterwards; one weight of two layers counts once."""
     codes: dict[Any, int] = {}
     for layer in layers:
-        is_new = layer.new is not None or isinstance(layer.module, QuantizedModule)
-        key = memory_of(weight_of(layer.module)) if is_new else id(layer.module)
+        is_known = layer.new is not None or isinstance(layer.module, QuantizedModule)
+        weight = weight_of(layer.module) if is_known else None
+        key = id(layer.module) if weight is None else memory_of(weight)
         codes[key] = _candidate(layer).weights
     return sum(codes.values())
 
@@ -231,7 +246,7 @@ def _candidate(layer: Layer) -> Candidate:
 def _tensors_in(layer: Layer, module: nn.Module) -> list[torch.Tensor]:
     if layer.parameter:
         return [module._parameters[layer.parameter]]
-    return [tensor for _, tensor, _ in tensors_of([Site("", None, "", module)])]
+    return [tensor for _, tensor, _ in tensors_of(module_walker.walk(module))]
 
 
 def _shape(module: Any, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
