@@ -138,6 +138,8 @@ static PyMethodDef methods[] = {
     {"unpack", qk_py_unpack, METH_VARARGS, NULL},
     {"pack_ternary", qk_py_pack_ternary, METH_VARARGS, NULL},
     {"unpack_ternary", qk_py_unpack_ternary, METH_VARARGS, NULL},
+    {"fit_levels", qk_py_fit_levels, METH_VARARGS, NULL},
+    {"encode_levels", qk_py_encode_levels, METH_VARARGS, NULL},
     {"linear", qk_py_linear, METH_VARARGS, NULL},
     {"linear_backward", qk_py_linear_backward, METH_VARARGS, NULL},
     {"choose_linear", qk_py_choose_linear, METH_VARARGS, NULL},

@@ -130,6 +130,27 @@ qk_status qk_unpack(uint8_t *codes, const void *packed, const qk_packing *packin
 qk_status qk_pack_ternary(uint8_t *packed, const uint8_t *codes, size_t rows, size_t cols);
 qk_status qk_unpack_ternary(uint8_t *codes, const uint8_t *packed, size_t rows, size_t cols);
 
+/* ---- codebooks: any levels in the place of evenly spaced codes ---------- */
+
+/* For each row of `values` (double [rows][count], ascending, finite) the levels, 1..256 and
+ * ascending, of least sum of weight * (value - nearest level)^2: k-means in one dimension, exactly.
+ * levels: double [rows][level_count]; weights: double [rows][count], not negative, or NULL: all 1.
+ * Levels that a row does not need repeat its last value. */
+qk_status qk_fit_levels(void *levels, size_t level_count, const void *values, const void *weights,
+                        size_t rows, size_t count);
+
+typedef struct qk_leveling {
+    size_t rows, cols,
+        group;            /* columns that share a scale, at least 1; a last group may be short */
+    const void *scales;   /* float [rows][ceil(cols/group)] */
+    const void *codebook; /* float [codebooks][levels], in any order, finite */
+    size_t codebooks, levels; /* one for all rows, or one a row; 1..256 */
+} qk_leveling;
+
+/* codes[r][c]: which level, times the scale, is nearest to x[r][c] (float); the lower code where
+ * two are as near. 0 where the scale is not above 0, the lowest level where x is NaN. */
+qk_status qk_encode_levels(uint8_t *codes, const void *x, const qk_leveling *form);
+
 /* ---- linear: y = x (int8 * scale)^T + bias ------------------------------ */
 
 typedef struct qk_linear {

@@ -112,6 +112,27 @@ def unpack(
 ) -> None: ...
 def pack_ternary(packed: _Array, codes: _Array, rows: int, cols: int, /) -> None: ...
 def unpack_ternary(codes: _Array, packed: _Array, rows: int, cols: int, /) -> None: ...
+def fit_levels(
+    levels: _Array,
+    values: _Array,
+    weights: _Array | None,
+    rows: int,
+    count: int,
+    level_count: int,
+    /,
+) -> None: ...
+def encode_levels(
+    codes: _Array,
+    x: _Array,
+    scales: _Array,
+    codebook: _Array,
+    rows: int,
+    cols: int,
+    group: int,
+    codebooks: int,
+    levels: int,
+    /,
+) -> None: ...
 def linear(
     y: _Array,
     x: _Array,

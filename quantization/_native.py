@@ -32,7 +32,9 @@ __all__ = [
     "choose_linear",
     "decode",
     "encode",
+    "encode_levels",
     "filled",
+    "fit_levels",
     "is_meta",
     "is_tensor",
     "is_torch",
@@ -306,6 +308,25 @@ def unpack_ternary(packed: np.ndarray, cols: int) -> np.ndarray:
     """The codes that :func:`pack_ternary` packed: uint8 [rows, cols]."""
     codes = np.empty((packed.shape[0], cols), "uint8")
     _kernels.unpack_ternary(codes, packed, packed.shape[0], cols)
+    return codes
+
+
+# ---- codebooks -------------------------------------------------------------------------------
+
+
+def fit_levels(values: np.ndarray, weights: np.ndarray | None, count: int) -> np.ndarray:
+    """``count`` ascending levels of least squared error for each row of sorted float64 values."""
+    levels = np.empty((values.shape[0], count))
+    _kernels.fit_levels(levels, values, weights, *values.shape, count)
+    return levels
+
+
+def encode_levels(
+    x: np.ndarray, scales: np.ndarray, codebook: np.ndarray, group: int
+) -> np.ndarray:
+    """Codes of the nearest levels: uint8 in the shape of ``x``; all three are float32 matrices."""
+    codes = np.empty(x.shape, "uint8")
+    _kernels.encode_levels(codes, x, scales, codebook, *x.shape, group, *codebook.shape)
     return codes
 
 
