@@ -132,7 +132,8 @@ def fit_ternary(magnitudes: np.ndarray, weights: np.ndarray | None = None) -> np
 
     For a scale s the magnitudes beyond s / 2 become 1. They are the n largest for some n, the best
     s for them is their mean, and that takes ``(their sum)**2 / n`` off the squared error: the n
-    with the largest such gain is found among all.
+    with the largest such gain is found among all. In a line of more than 65536, magnitudes keep
+    together as in :func:`fit_codebook`.
 
     Args:
         magnitudes: ``[..., count]``, finite, not negative; padding by zeros does no harm.
@@ -149,13 +150,25 @@ def fit_ternary(magnitudes: np.ndarray, weights: np.ndarray | None = None) -> np
         >>> fit_ternary(np.array([[4.0, 0.5, 6.0, 1.0], [1.0, 1.0, 1.0, 1.0]]))
         array([5., 1.])
     """
+    if weights is not None:
+        weights = np.broadcast_to(weights, magnitudes.shape)
+    if magnitudes.shape[-1] <= _EXACT:
+        return _fit_ternary(magnitudes, weights)
+    scales = np.empty(magnitudes.shape[:-1])
+    for line in np.ndindex(scales.shape):
+        cells = _gathered(magnitudes[line], None if weights is None else weights[line])
+        scales[line] = _fit_ternary(*cells)[0]
+    return scales
+
+
+def _fit_ternary(magnitudes: np.ndarray, weights: np.ndarray | None) -> np.ndarray:
     if weights is None:
         ordered = np.sort(magnitudes, axis=-1)[..., ::-1]
         count: np.ndarray = np.arange(1, magnitudes.shape[-1] + 1)
         total = np.cumsum(ordered, axis=-1, dtype="float64")
     else:
-        order = np.argsort(-magnitudes, axis=-1, kind="stable")
-        share = np.take_along_axis(np.broadcast_to(weights, magnitudes.shape), order, axis=-1)
+        order = np.argsort(-magnitudes, axis=-1)
+        share = np.take_along_axis(weights, order, axis=-1)
         count = np.cumsum(share, axis=-1, dtype="float64")
         moment = share * np.take_along_axis(magnitudes, order, axis=-1)
         total = np.cumsum(moment, axis=-1, dtype="float64")

@@ -33,10 +33,12 @@ from quantization import _native
 from quantization._native import Tensor
 from quantization.dtypes import name_of, source_of
 from quantization.granularity import PerGroup
-from quantization.linear_quantizer import dequantize_linear, quantize_linear
+from quantization.grids import WEIGHED, Matrix, encode_matrix
+from quantization.linear_quantizer import dequantize_linear
 from quantization.parameters import Mode, QuantizationParameters
 from quantization.rules import rule_for, source_type
 from quantization.scheme import Scheme, checked_shape, scheme_of
+from quantization.stored_scales import restore
 from quantization.weight_pack import pack_weights, unpack_weights
 
 __all__ = ["PackedWeights", "pack_matrix"]
@@ -157,7 +159,9 @@ class PackedWeights:
         wide = "float32" if out == "float64" else out
         zero = self._integer_zero_points()
         params = QuantizationParameters(
-            self._restored_scales(),
+            _native.as_tensor_like(
+                restore(self.scales, self.scale_steps), "float32", self.packed_weights
+            ),
             zero,
             Mode.Symmetric if zero is None else Mode.Asymmetric,
             PerGroup(self.scheme.group(self.shape[1])),
@@ -172,27 +176,40 @@ class PackedWeights:
             self.packed_weights,
             self.scheme.bits,
             dtype="int8" if is_signed else "uint8",
-            layout="base3" if self.scheme.grid == "ternary" else "dense",
+            layout=_layout(self.scheme),
             dim=1,
             size=self.shape[1],
         )
 
     def _values(self) -> Tensor:
-        """What scales multiply, after integer zero points: codes or levels."""
-        return self._codes()
+        """What scales multiply, after integer zero points: codes, levels or codes less zeros."""
+        codes = self._codes()
+        if self.codebook is not None:
+            book = _native.to_array(_native.cast(self.codebook, "float32"))
+            places = _native.to_array(codes)
+            if book.shape[0] > 1:  # the codebooks as one, a row's places behind the row before
+                places = places + np.arange(0, book.size, book.shape[1], "int32")[:, None]
+            levels = book.reshape(-1)[places]
+        elif self._has_float_zero_points:
+            zero = _native.to_array(_native.cast(self.zero_points, "float32"))
+            wide = np.repeat(zero, self.scheme.group(self.shape[1]), axis=1)
+            levels = _native.to_array(codes) - wide[:, : self.shape[1]]
+        else:
+            return codes
+        return _native.as_tensor_like(levels, "float32", codes)
+
+    @property
+    def _has_float_zero_points(self) -> bool:
+        return self.scheme.mode is Mode.Asymmetric and self.scheme.zero_point == "float"
 
     def _integer_zero_points(self) -> Tensor | None:
-        if self.scheme.mode is not Mode.Asymmetric:
+        if self.scheme.mode is Mode.Symmetric or self._has_float_zero_points:
             return None
         groups = self.scheme.groups(self.shape[1])
         zero = unpack_weights(
             self.zero_points, self.scheme.bits, layout="dense", dim=1, size=groups
         )
         return _native.cast(zero, "int32")
-
-    def _restored_scales(self) -> Tensor:
-        """The scales as float32."""
-        return _native.cast(self.scales, "float32")
 
     def __repr__(self) -> str:
         return f"PackedWeights({self.scheme!r}, {self.shape}, {self.dtype}, {self.nbytes:,} bytes)"
@@ -211,23 +228,30 @@ def pack_matrix(
     Scales are rounded to their stored type before any code is made, and codes are made for the
     numbers that :meth:`PackedWeights.dequantize` gives back.
 
-    Integer codes are those of :func:`quantization.quantize_linear`: symmetric ones use the full
-    range of their width, but -127..127 in 8 bits, as the int8 layer does.
+    Integers are those of :func:`quantization.quantize_linear`; symmetric ones use the full range of
+    their width, but -127..127 in 8 bits, as the int8 layer does. Float zero points are those of the
+    asymmetric rule before they are rounded. For ``nf4``, ``fp4`` and ``kmeans`` the scale is the
+    largest magnitude of the group, and the nearest level is taken, of two that are as near the
+    lower code; the levels of ``kmeans`` are those of least squared error. ``mxfp4``: see
+    :func:`quantization.stored_scales.as_exponents`. ``binary``: the scale is the mean magnitude.
+    ``ternary``: scale and threshold of least squared error. Of these a group of zeros has the scale
+    0 (``mxfp4``: 1), and so has every such group under double quantization.
 
     Args:
         weight: ``[out, in]``, float32, float64, float16 or bfloat16, a torch tensor (also on meta:
             only shapes are made) or an ndarray. Either size may be 0. It is only read.
         scheme: a :class:`quantization.Scheme`, or its short name.
         importance: ``[in]``, not negative: how much the squared error of each column counts, such
-            as the mean square of that input.
+            as the mean square of that input. For the grids ``kmeans``, ``binary`` and ``ternary``;
+            where a group (``kmeans``: a codebook) has no importance at all, all its weights count.
         nonfinite: ``"raise"`` refuses a NaN or infinity; ``"mark"`` gives its group the scale NaN,
-            so that just this group dequantizes to NaN.
+            so that just this group dequantizes to NaN (under double quantization: its row).
         name: what error messages call the matrix.
 
     Raises:
         TypeError: for a weight or scheme of the wrong type.
-        ValueError: for another number of dimensions, a NaN or infinity (named with its index), or
-            scales beyond their type.
+        ValueError: for another number of dimensions, a NaN or infinity (named with its index),
+            scales beyond their type, or importance that does not fit.
 
     Source: the table at the head of :mod:`quantization.scheme`.
 
@@ -246,56 +270,57 @@ def pack_matrix(
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)}; expected [out_features, in_features]"
         )
-    rule_for(source, "int8", Mode.Symmetric, None, scheme.scale_dtype, nonfinite)
+    rule_for(source, "int8", Mode.Symmetric, None, scheme.scale_dtype, nonfinite)  # or raise
     shape = tuple(weight.shape)
-    if importance is not None:
-        raise ValueError(
-            f"scheme {scheme} makes no choice that importance could weigh: leave it out"
-        )
+    weights = _checked_importance(importance, scheme, shape[1])
     if _native.is_meta(weight) or 0 in shape:
         return _blank(weight, scheme)
-    if scheme.grid != "integer" or scheme.double_quant or scheme.zero_point == "float":
-        raise NotImplementedError(f"scheme {scheme} comes next")
-    code = f"{'int' if scheme.mode is Mode.Symmetric else 'uint'}{scheme.bits}"
-    codes, params = quantize_linear(
-        weight,
-        code,
-        scheme.granularity,
-        scheme.mode,
-        narrow_range=_narrow_range(scheme),
-        scale_dtype=scheme.scale_dtype or source,
-        nonfinite=nonfinite,
-        name=name,
-    )
-    zero = None
-    if scheme.mode is Mode.Asymmetric:
-        zero = _pack(_native.cast(_a_row(params.zero_point, shape[0]), "uint8"), scheme.bits)
+    coded = encode_matrix(Matrix(weight, source, scheme, weights, nonfinite, name))
+    zero = None if coded.zero_points is None else _for_each_row(coded.zero_points, shape[0])
+    if zero is not None and name_of(zero.dtype) == "uint8":
+        zero = pack_weights(zero, scheme.bits, layout="dense", dim=1)
     return PackedWeights(
         scheme,
         shape,
-        _pack(codes, scheme.bits),
-        _a_row(params.scale, shape[0]),
-        zero_points=zero,
-        dtype=source.name,
+        pack_weights(coded.codes, scheme.bits, layout=_layout(scheme), dim=1),
+        _for_each_row(coded.scales.scales, shape[0]),
+        coded.scales.steps,
+        zero,
+        coded.codebook,
+        source.name,
     )
 
 
-def _narrow_range(scheme: Scheme) -> bool | None:
-    """Whether the most negative code is left out."""
-    return scheme.bits == 8 if scheme.mode is Mode.Symmetric else None
+def _layout(scheme: Scheme) -> str:
+    return "base3" if scheme.grid == "ternary" else "dense"
 
 
-def _pack(codes: Tensor, bits: int) -> Tensor:
-    return pack_weights(codes, bits, layout="dense", dim=1)
-
-
-def _a_row(values: Tensor, rows: int) -> Tensor:
-    """Scales ``[out, groups]``: one of a whole matrix is repeated."""
-    if values.ndim == 2:
+def _for_each_row(values: Tensor, rows: int) -> Tensor:
+    """``[rows, groups]``: what a whole matrix has one of is repeated."""
+    if values.shape[0] == rows:
         return values
-    if _native.is_torch(values):
-        return values.reshape(1, 1).repeat(rows, 1)
-    return np.full((rows, 1), values)
+    return values.repeat(rows, 1) if _native.is_torch(values) else np.repeat(values, rows, axis=0)
+
+
+def _checked_importance(importance: Any, scheme: Scheme, cols: int) -> np.ndarray | None:
+    """Importance as float64 ``[cols]``."""
+    if importance is None:
+        return None
+    if scheme.grid not in WEIGHED:
+        raise ValueError(
+            f"scheme {scheme} makes no choice that importance could weigh, only the grids "
+            f"{', '.join(WEIGHED)} do: leave it out"
+        )
+    if not _native.is_tensor(importance):
+        raise TypeError(
+            f"importance must be a torch.Tensor or ndarray, not {type(importance).__name__}"
+        )
+    weights = _native.to_array(_native.cast(importance, "float64"), "importance")
+    if weights.shape != (cols,):
+        raise ValueError(f"importance has shape {weights.shape}; one a column is ({cols},)")
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError("importance must be finite and not negative")
+    return weights
 
 
 def _blank(weight: Tensor, scheme: Scheme) -> PackedWeights:

@@ -71,6 +71,8 @@ FLOORS = {
     "linear": 4,
     "packed_rows": 4,
     "_packed_ops_temporary": 4.1,
+    "stored_scales": 3,
+    "grids": 4.3,
     "packed_weights": 4.5,
     "module_walker": 5,
     "target": 5.3,

@@ -61,7 +61,7 @@ assert "torch" not in sys.modules
 def test_the_numpy_core_works_where_torch_cannot_be_imported() -> None:
     code = f"""{WITHOUT_TORCH}
 import numpy as np
-from quantization import Granularity, Mode, dequantize_linear, group, quantize_linear
+from quantization import Granularity, Mode, dequantize_linear, group, pack_matrix, quantize_linear
 
 x = np.linspace(-3, 5, 300, dtype="float32").reshape(10, 30)
 for granularity in (Granularity.PerTensor, Granularity.PerDimension(), Granularity.PerGroup(7)):
@@ -73,6 +73,10 @@ for granularity in (Granularity.PerTensor, Granularity.PerDimension(), Granulari
         assert np.abs(restored - x).max() <= params.scale.max() * 0.5001
 groups, ungroup = group(x, 7)
 assert np.array_equal(ungroup(groups), x)
+for scheme in ("w8", "w4g7a", "nf4", "mxfp4", "kmeans3r", "ternary", "w4g16af+dq"):
+    packed = pack_matrix(x, scheme)
+    assert type(packed.packed_weights) is np.ndarray
+    assert np.abs(packed.dequantize() - x).mean() < 1.3
 assert "torch" not in sys.modules
 """
     run = python(code)
