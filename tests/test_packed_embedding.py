@@ -19,6 +19,16 @@ SCHEMES = [
     *(f"w{bits}g16" for bits in range(2, 9)),
     *(f"w{bits}a" for bits in range(1, 9)),
     "w4t",
+    "nf4",
+    "fp4g16+dq",
+    "mxfp4",
+    "kmeans3",
+    "kmeans2r",
+    "binaryg16",
+    "ternary",
+    "ternaryg16+dq",
+    "w3g16af",
+    "w5g16a+dq",
 ]
 
 

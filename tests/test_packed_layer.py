@@ -7,6 +7,7 @@ import dataclasses
 import io
 import math
 import pickle
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,16 @@ SCHEMES = [
     "w4g7a",
     "w4t",
     "w4g16+f32",
+    "nf4",
+    "fp4g16+dq",
+    "mxfp4",
+    "kmeans3",
+    "kmeans2r",
+    "binaryg16",
+    "ternary",
+    "ternaryg16+dq",
+    "w3g16af",
+    "w5g16a+dq",
 ]
 
 
@@ -160,6 +171,15 @@ def test_from_float_packs_the_matrix(scheme: str) -> None:
     assert layer.bias.data_ptr() == linear.bias.data_ptr() and not layer.bias.requires_grad
     again = PackedLinearLayer.from_packed(layer.packed(), layer.bias)
     assert same_state(again, layer) and again.packed_weights is layer.packed_weights
+
+
+def test_importance_goes_to_the_choice_of_levels() -> None:
+    linear, importance = float_linear(), torch.arange(45.0)
+    layer = PackedLinearLayer.from_float(linear, "kmeans2", importance=importance)
+    wanted = pack_matrix(linear.weight.detach(), "kmeans2", importance=importance)
+    assert torch.equal(layer.codebook, wanted.codebook)
+    layer.quantize(linear.weight)
+    assert not torch.equal(layer.codebook, wanted.codebook)
 
 
 def test_from_packed_refuses() -> None:
@@ -437,6 +457,9 @@ def state_of(scheme: str, **shape: int) -> dict[str, torch.Tensor]:
         (state_of("w3g16a"), r"fc\.packed_weights.*\(10, 17\).*\(10, 23\).*scheme w4g16a"),
         (state_of("w4g8a"), r"fc\.scales.*\(10, 6\).*\(10, 3\).*scheme w4g16a"),
         (state_of("w4g16"), r"without fc\.zero_points"),
+        (state_of("w4g16af"), r"size mismatch for fc\.zero_points.*\(10, 3\).*\(10, 2\)"),
+        (state_of("w4g16a+dq"), "fc.scale_steps is there, and scheme w4g16a has no such tensor"),
+        (state_of("nf4g16"), "fc.codebook is there, and scheme w4g16a has no such tensor"),
         (state_of("w4g16a", out_features=9), r"size mismatch for fc\.packed_weights"),
         (state_of("w4g16a") | {"codebook": torch.ones(1, 16)}, "fc.codebook is there.*w4g16a has"),
         (QWQALinearLayer(45, 10).state_dict(), "fc.int8_weights is there, and scheme w4g16a"),
@@ -457,6 +480,22 @@ def test_a_checkpoint_that_does_not_fit(
     with pytest.raises(RuntimeError, match=message):
         model.load_state_dict(full, strict=strict, assign=assign)
     assert same_state(model, before)
+
+
+@pytest.mark.parametrize("scheme", ["nf4g16", "nf4g16+dq", "mxfp4", "binary"])
+def test_a_checkpoint_of_other_levels(scheme: str) -> None:
+    layer = packed(scheme)
+    state = layer.state_dict()
+    for dtype in (torch.bfloat16, torch.float32):  # levels rounded once still are the same ones
+        layer.to(dtype).load_state_dict(state)
+    state["codebook"] = state["codebook"].flip(1)
+    before = copy.deepcopy(layer)
+    message = f"codebook has other levels than scheme {layer.scheme}: the checkpoint"
+    with pytest.raises(RuntimeError, match=re.escape(message)):
+        layer.load_state_dict(state)
+    assert same_state(layer, before)
+    fitted = packed("kmeans3")
+    fitted.load_state_dict(packed("kmeans3").state_dict())
 
 
 # ---- from one form to another ----------------------------------------------------------------
@@ -480,7 +519,7 @@ def test_the_int8_layer_is_the_8_bit_case(dtype: torch.dtype, bias: bool) -> Non
     torch.testing.assert_close(layer(x), int8(x))
 
 
-@pytest.mark.parametrize("scheme", ["w2", "w5", "w7a", "w8", "w1a", "w6t"])
+@pytest.mark.parametrize("scheme", ["w2", "w5", "w7a", "w8", "w1a", "w6t", "ternary", "binary"])
 def test_to_int8_is_exact_where_the_codes_are_whole(scheme: str) -> None:
     layer = packed(scheme)
     assert torch.equal(layer.to_int8().weight, layer.weight)
@@ -492,6 +531,9 @@ def test_to_int8_is_exact_where_the_codes_are_whole(scheme: str) -> None:
         ("w4g16", "gives a row 3 scales, and int8 layers have one"),
         ("w8g16a", "gives a row 3 scales"),
         ("w8a", r"do not stand for whole numbers of -128\.\.127"),
+        ("nf4r", "do not stand for whole numbers"),
+        ("kmeans3", "do not stand for whole numbers"),
+        ("w4raf", "do not stand for whole numbers"),
     ],
 )
 def test_to_int8_refuses_what_would_not_be_exact(scheme: str, message: str) -> None:
@@ -501,7 +543,16 @@ def test_to_int8_refuses_what_would_not_be_exact(scheme: str, message: str) -> N
 
 @pytest.mark.parametrize(
     ("scheme", "wider"),
-    [("w4g16", "w5g16"), ("w4g16", "w8g8"), ("w3a", "w4"), ("w3g32a", "w8g16"), ("w2", "w2g5")],
+    [
+        ("w4g16", "w5g16"),
+        ("w4g16", "w8g8"),
+        ("w3a", "w4"),
+        ("w3g32a", "w8g16"),
+        ("w2", "w2g5"),
+        ("ternary", "w2"),
+        ("ternaryg16", "w4g8"),
+        ("binary", "w3"),
+    ],
 )
 def test_wider_codes_hold_the_same_weight(scheme: str, wider: str) -> None:
     layer = packed(scheme)
@@ -510,13 +561,13 @@ def test_wider_codes_hold_the_same_weight(scheme: str, wider: str) -> None:
     assert torch.equal(new.bias, layer.bias)
 
 
-@pytest.mark.parametrize("other", ["w3", "w4g16", "w4g9a", "w8g32"])
+@pytest.mark.parametrize("other", ["w3", "w4g16", "w4g9a", "w8g32", "nf4g16", "mxfp4", "w8g16+dq"])
 def test_narrower_codes_are_quantized_anew(other: str) -> None:
     layer = packed("w4g16a")
     new = layer.to_scheme(other)
     wanted = pack_matrix(layer.weight, other)
     assert torch.equal(new.packed_weights, wanted.packed_weights)
-    assert relative(new.weight, layer.weight) < 0.3
+    assert torch.equal(new.weight, wanted.dequantize())
     assert layer.to_scheme("w4g16a").packed_weights is layer.packed_weights
 
 
