@@ -121,6 +121,8 @@ def why_fused(module: nn.Module) -> str | None:
     kind = type(module).__name__
     if not all(hasattr(module, mark) for mark in _MARKS):
         return f"the forward of {kind} is not known to unfuse_experts"
+    if "forward" in module.__dict__:
+        return "its forward was replaced on the instance (by an offloading hook, say)"
     if getattr(module, "_is_expert_parallel", False):
         return f"the experts of {kind} are spread over processes"
     names = set(_projections(module))
@@ -152,7 +154,7 @@ class UnfusedExperts(nn.Module):
         super().__init__()
         self.kind = type(fused)
         for name, value in fused.__dict__.items():
-            if name not in self.__dict__:
+            if name not in self.__dict__ and name != "_compiled_call_impl":
                 self.__dict__[name] = value
         self.projections = _projections(fused)
         for name, child in fused._modules.items():

@@ -140,7 +140,10 @@ def dequantize_model(model: nn.Module) -> ReplacementReport:
         if id(site.module) in layers:
             layers[id(site.module)].names.append(site.name)
         elif isinstance(site.module, QuantizedModule):
-            layers[id(site.module)] = Layer(site.module, [site.name], make=_dequantized)
+            was = getattr(site.module, "scheme", "int8")
+            layers[id(site.module)] = Layer(
+                site.module, [site.name], reason=f"was {was}", make=_dequantized
+            )
     found = list(layers.values())
     return swap(sites, found, QuantizedModule, noun="quantized layers", caller="dequantize_model")
 

@@ -7,10 +7,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from quantization import packed_rows
 from quantization.dtypes import index_of, name_of, source_of
 from quantization.module_walker import embedding_table
 from quantization.packed_module import BUFFERS, DEFAULT_SCHEME, PackedModule
-from quantization.packed_rows import decode_rows
 from quantization.packed_weights import PackedWeights
 from quantization.scheme import Scheme, scheme_of
 from quantization.scheme_conversion import repack
@@ -189,8 +189,9 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         for i, tensor in enumerate(parts):
             if tensor is not None and tensor.shape[0] == self.num_embeddings:
                 parts[i] = tensor.index_select(0, rows)  # all but one codebook for all rows
-        decoded = decode_rows(*parts, self._bits, self._group, self.embedding_dim)
-        return decoded.to(self.dtype).reshape(*input.shape, self.embedding_dim)
+        decoded = packed_rows.decode_rows(*parts, self._bits, self._group, self.embedding_dim)
+        shape = input.shape + (self.embedding_dim,)  # noqa: RUF005 (fx cannot unpack a shape)
+        return decoded.to(self.dtype).reshape(shape)
 
     def to_scheme(self, scheme: Scheme | str) -> PackedEmbedding:
         """An embedding of another scheme, as :meth:`PackedLinearLayer.to_scheme` makes a layer.
@@ -215,7 +216,8 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         """
         sizes = (self.num_embeddings, self.embedding_dim)
         table = nn.Embedding(*sizes, self.padding_idx, device="meta")
-        table.weight = nn.Parameter(self.weight)
+        with torch.inference_mode(False):
+            table.weight = nn.Parameter(self.weight)
         return table.train(self.training)
 
     def extra_repr(self) -> str:

@@ -11,7 +11,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from quantization._packed_ops_temporary import packed_linear
+from quantization import _packed_ops_temporary as _torch_ops
 from quantization.dtypes import name_of
 from quantization.linear_layer import QWQALinearLayer
 from quantization.module_walker import float_parts
@@ -69,9 +69,8 @@ weights=w4g64a, 1,312 bytes)
         device: torch.device | str | int | None = None,
     ) -> None:
         self._begin(in_features, out_features, dtype)
-        self._begin_packed(scheme, dtype, device)
         offsets = torch.empty(out_features, dtype=dtype, device=device) if bias else None
-        self.register_buffer("bias", offsets)
+        self._begin_packed(scheme, dtype, device, bias=offsets)
         self.reset_parameters()
 
     @classmethod
@@ -112,7 +111,8 @@ weights=w4g64a, 1,312 bytes)
             True
         """
         weight, bias = float_parts(linear)
-        layer = cls(*weight.shape[::-1], False, scheme, weight.dtype, device="meta")
+        (out_features, in_features), dtype = weight.shape, weight.dtype
+        layer = cls(in_features, out_features, bias is not None, scheme, dtype, device="meta")
         layer.quantize(weight, nonfinite=nonfinite, name=name, importance=importance)
         layer._dress(linear, bias)
         return layer
@@ -140,8 +140,9 @@ weights=w4g64a, 1,312 bytes)
             raise TypeError("packed holds ndarrays; pack a torch.Tensor")
         if bias is not None and tuple(bias.shape) != packed.shape[:1]:
             raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({packed.shape[0]},)")
-        dtype = getattr(torch, packed.dtype)
-        layer = cls(*packed.shape[::-1], False, packed.scheme, dtype, device="meta")
+        (out_features, in_features), dtype = packed.shape, getattr(torch, packed.dtype)
+        has_bias = bias is not None
+        layer = cls(in_features, out_features, has_bias, packed.scheme, dtype, device="meta")
         layer._take(layer._parts_of(packed), packed.shape)
         layer.bias = bias
         return layer
@@ -195,7 +196,7 @@ weights=w4g64a, 1,312 bytes)
             RuntimeError: if the last dimension of ``input`` is not ``in_features``.
         """
         buffers = self._buffers  # one look-up in place of one an attribute, 0.5 us each
-        return packed_linear(
+        return _torch_ops.packed_linear(
             input,
             buffers["packed_weights"],
             buffers["scales"],

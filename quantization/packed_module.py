@@ -35,20 +35,22 @@ class PackedModule(QuantizedModule):
     zero_points: torch.Tensor | None
     codebook: torch.Tensor | None
 
-    def _begin_packed(self, scheme: Scheme | str, dtype: torch.dtype, device: Any) -> None:
-        """Register the buffers, uninitialised."""
+    def _begin_packed(
+        self, scheme: Scheme | str, dtype: torch.dtype, device: Any, **more: torch.Tensor | None
+    ) -> None:
+        """Register the buffers, uninitialised, and more of them."""
         self._scheme = scheme_of(scheme)
         self._dtype = dtype
         self._floats = _following(self._scheme)
         shape = self._weight_shape()
-        forms = self._scheme.buffers(shape, dtype)
-        for name in BUFFERS:
-            tensor = None
-            if name in forms:
-                form = forms[name]
-                kind = getattr(torch, form.dtype)
-                tensor = torch.empty(form.shape, dtype=kind, device=device)
-            self.register_buffer(name, tensor)
+        tensors: dict[str, torch.Tensor | None] = dict.fromkeys(BUFFERS)
+        for name, form in self._scheme.buffers(shape, dtype).items():
+            kind = getattr(torch, form.dtype)
+            tensors[name] = torch.empty(form.shape, dtype=kind, device=device)
+        tensors |= more
+        # torch.export counts the buffers of a root module as if none before the last were None
+        for name in sorted(tensors, key=lambda name: tensors[name] is None):
+            self.register_buffer(name, tensors[name])
         self._measure(shape)
 
     def _measure(self, shape: tuple[int, int]) -> None:
@@ -194,8 +196,6 @@ def pack_as(
     weights = check_weight(weights, name)
     options = {"importance": importance, "nonfinite": nonfinite, "name": name}
     with torch.inference_mode(False), torch.no_grad():
-        if weights.is_inference():
-            weights = weights.clone()
         if weights.dtype == dtype:
             return pack_matrix(weights, scheme, **options)
         made_for = scheme

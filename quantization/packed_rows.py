@@ -13,6 +13,7 @@ TERNARY = 0
 _CODES_A_BYTE = 5
 
 
+@torch.fx.wrap
 def decode_rows(
     weights: torch.Tensor,
     scales: torch.Tensor,

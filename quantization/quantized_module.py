@@ -225,9 +225,10 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
             ('Linear', True)
         """
         linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        linear.weight = nn.Parameter(self.weight)
-        if self.bias is not None:
-            linear.bias = nn.Parameter(self.bias.detach().clone())
+        with torch.inference_mode(False):
+            linear.weight = nn.Parameter(self.weight)
+            if self.bias is not None:
+                linear.bias = nn.Parameter(self.bias.detach().clone())
         return linear.train(self.training)
 
     def _weight_shape(self) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from torch import nn
 from quantization import module_walker
 from quantization.conversion import layer_maker
 from quantization.module_walker import Pattern, Site
+from quantization.quantized_module import QuantizedModule
 from quantization.report import ReplacementReport
 from quantization.swap import Layer, swap
 from quantization.target import Target, target_class_from
@@ -113,6 +114,13 @@ def _find(sites: list[Site], cls: type[nn.Module], excluded: dict[int, str]) -> 
         elif key in excluded:
             layers[key] = Layer(module, [site.name], "excluded", f"by {excluded[key]}")
         else:
-            reason = adapters.get(key) or module_walker.why_left(module) or ""
+            reason = adapters.get(key) or _why_left(module) or ""
             layers[key] = Layer(module, [site.name], "left" if reason else "replaced", reason)
     return list(layers.values())
+
+
+def _why_left(module: nn.Module) -> str | None:
+    if isinstance(module, QuantizedModule):
+        kind = type(module).__name__
+        return f"quantized already, as a {kind}: dequantize_model makes it float again"
+    return module_walker.why_left(module)

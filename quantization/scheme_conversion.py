@@ -32,12 +32,13 @@ def repack(packed: PackedWeights, scheme: Scheme) -> PackedWeights:
     """
     if scheme == packed.scheme:
         return packed
-    exact = _exactly(packed, scheme)
-    if exact is not None:
-        return exact
-    dtype = getattr(torch, packed.dtype)
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
-    return pack_as(packed.dequantize(wide), scheme, dtype, nonfinite="mark")
+    with torch.inference_mode(False), torch.no_grad():
+        exact = _exactly(packed, scheme)
+        if exact is not None:
+            return exact
+        dtype = getattr(torch, packed.dtype)
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        return pack_as(packed.dequantize(wide), scheme, dtype, nonfinite="mark")
 
 
 def _exactly(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
@@ -76,6 +77,11 @@ def int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
         >>> codes.tolist(), scales.tolist()
         ([[15, 2]], [1.0])
     """
+    with torch.inference_mode(False), torch.no_grad():
+        return _int8_parts(packed)
+
+
+def _int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
     scheme, cols = packed.scheme, packed.shape[1]
     if scheme.groups(cols) > 1:
         raise ValueError(

@@ -11,7 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn
 
-from quantization import PackedEmbedding, PackedLinearLayer, pack_matrix, packed_embedding
+from quantization import PackedEmbedding, PackedLinearLayer, pack_matrix, packed_rows
 from quantization.packed_weights import PackedWeights
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -84,13 +84,13 @@ def test_a_fresh_one_draws_the_numbers_of_nn_embedding() -> None:
 def test_the_whole_table_is_never_dequantized(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = PackedEmbedding(20, 45)
     rows: list[int] = []
-    decode = packed_embedding.decode_rows
+    decode = packed_rows.decode_rows
 
     def watched(weights: torch.Tensor, *rest: Any) -> torch.Tensor:
         rows.append(weights.shape[0])
         return decode(weights, *rest)
 
-    monkeypatch.setattr(packed_embedding, "decode_rows", watched)
+    monkeypatch.setattr(packed_rows, "decode_rows", watched)
     monkeypatch.setattr(PackedWeights, "dequantize", None)
     layer(torch.tensor([[1, 2], [2, 2]]))
     assert rows == [4]
@@ -181,12 +181,16 @@ def test_the_weight_cannot_be_assigned() -> None:
         PackedEmbedding(20, 45).weight = nn.Parameter(torch.zeros(20, 45))
 
 
-def test_compile_makes_one_graph() -> None:
+@pytest.mark.parametrize("scheme", ["w3g16a", "nf4", "ternary", "mxfp4", "kmeans2r"])
+def test_compile_makes_one_graph(scheme: str) -> None:
     torch._dynamo.reset()
-    layer = PackedEmbedding(20, 45, scheme="w3g16a")
+    layer = PackedEmbedding(20, 45, scheme=scheme)
     rows = torch.tensor([[4, 4, 0]])
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(rows), layer(rows))
+    assert torch.equal(torch.fx.symbolic_trace(layer)(rows), layer(rows))
+    assert torch.equal(torch.export.export(layer, (rows,)).module()(rows), layer(rows))
+    assert torch.equal(torch.vmap(layer)(rows), layer(rows))
 
 
 def test_other_schemes_and_back_to_float() -> None:

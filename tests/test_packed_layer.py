@@ -305,7 +305,10 @@ def test_modes_of_torch(training: bool) -> None:
     with torch.inference_mode():
         assert torch.equal(layer(x), wanted)
         made_inside = packed()
-    made_inside(x.clone().requires_grad_()).sum().backward()
+        inside = [made_inside, made_inside.to_scheme("nf4"), made_inside.to_scheme("w8g4")]
+        inside += [packed("w4").to_int8(), made_inside.dequantize()]
+    for made in inside:
+        made(x.clone().requires_grad_()).sum().backward()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y = layer(x)
         assert y.dtype == torch.bfloat16
@@ -322,9 +325,26 @@ def test_compile_and_function_transforms() -> None:
     x = torch.randn(3, 8)
     torch.testing.assert_close(torch.export.export(model, (x,)).module()(x), model(x))
     torch.testing.assert_close(torch.vmap(model)(x), model(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), model(x))
+    torch.testing.assert_close(torch.jit.trace(model, x)(x), model(x))
     asked = x.clone().requires_grad_()
     got = torch.func.grad(lambda x: model(x).sum())(x)
     torch.testing.assert_close(got, torch.autograd.grad(model(asked).sum(), asked)[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scheme", ["w4g16", "w3a", "nf4+dq"])
+def test_a_layer_alone_can_be_exported(bias: bool, scheme: str) -> None:
+    fresh = PackedLinearLayer(45, 10, bias=bias, scheme=scheme)
+    made = packed(scheme, bias=bias)
+    x = torch.randn(3, 45)
+    for layer in (
+        fresh,
+        made,
+        made.to_scheme("w2"),
+        PackedLinearLayer.from_float(made.dequantize()),
+    ):
+        assert torch.equal(torch.export.export(layer, (x,)).module()(x), layer(x))
 
 
 def packed_tail() -> PackedLinearLayer:

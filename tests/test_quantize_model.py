@@ -238,6 +238,18 @@ def test_quantized_layers_stay_unless_a_rule_names_their_type() -> None:
     assert snapshot(model) == before
 
 
+def test_the_int8_replacement_leaves_packed_layers_and_takes_the_class() -> None:
+    model = Model()
+    quantize_model(model, {"head": "w8"})
+    report = replace_linear_layers_with_w8a16(model, Target.Linear(QWQALinearLayer))
+    assert [c.name for c in report.left] == ["head"] and len(report.replaced) == 2
+    assert report["head"].reason.startswith("quantized already, as a PackedLinearLayer")
+    model = Model()
+    report = replace_linear_layers_with_w8a16(model, Target.Linear(PackedLinearLayer), ["head"])
+    assert schemes(model)["body.up"] == "w4g64a" == report["body.up"].scheme
+    assert "scheme" in repr(report).splitlines()[1]
+
+
 def test_another_call_may_go_further() -> None:
     model = Model()
     quantize_model(model, {"head": "w8"})
@@ -521,6 +533,7 @@ def test_back_to_float() -> None:
     assert len(report.replaced) == len(report) == 4 and report.coverage == 0
     assert report.model_bytes_after == sum(p.nbytes for p in Model().parameters())
     assert "by dequantize_model: 4 of 4 quantized layers replaced" in repr(report)
+    assert [c.reason for c in report] == ["was w8", "was w4g16a", "was int8", "was int8"]
     assert all(p.requires_grad for p in model.parameters())
     with pytest.warns(UserWarning, match="no quantized layers"):
         dequantize_model(model)
