@@ -277,8 +277,11 @@ def test_the_result_has_the_dtype_of_the_input(dtype: torch.dtype, of_layer: tor
 
 def test_wrong_inputs_are_refused() -> None:
     layer = packed()
-    with pytest.raises((RuntimeError, ValueError), match="23"):
-        layer(torch.randn(3, 23))
+    for length in (23, 44, 46, 0):  # 46 codes of 4 bits take as many bytes as 45
+        with pytest.raises(RuntimeError, match=f"input has {length} features.* this layer 45"):
+            layer(torch.randn(3, length))
+    with pytest.raises((RuntimeError, IndexError)):
+        layer(torch.tensor(1.0))
     with pytest.raises((RuntimeError, TypeError, NotImplementedError)):
         layer(torch.zeros(3, 45, dtype=torch.int64))
 

@@ -462,6 +462,19 @@ def test_torchs_transformer_does_not_bypass_the_layers(mode: Any) -> None:
     assert type(model.layers[0].linear1) is nn.Linear
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_torchs_transformer_may_make_nested_tensors_of_a_mask() -> None:
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0), 2
+    ).eval()
+    x, mask = torch.randn(2, 5, 32), torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    with torch.no_grad():
+        wanted = model(x, src_key_padding_mask=mask)
+        quantize_model(model, "w8")
+        assert relative(model(x, src_key_padding_mask=mask)[~mask], wanted[~mask]) < 0.02
+
+
 def test_an_embedding_that_cannot_be_converted_is_left_with_its_reason() -> None:
     model = nn.ModuleDict(
         {"shrinking": nn.Embedding(4, 8, max_norm=1.0), "bag": nn.EmbeddingBag(4, 8)}
