@@ -175,3 +175,41 @@ def test_tokens_beyond_the_last_expert_belong_to_none() -> None:
     fused.config._experts_implementation = "eager"
     with torch.no_grad():
         torch.testing.assert_close(unfused(x, places, weights), fused(x, places, weights))
+
+
+@pytest.mark.parametrize("gate", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("transposed", [True, False])
+@pytest.mark.parametrize("norm", [True, False])
+def test_every_form_that_transformers_knows(
+    gate: bool, bias: bool, transposed: bool, norm: bool
+) -> None:
+    moe_forms = pytest.importorskip("transformers.integrations.moe")
+
+    @moe_forms.use_experts_implementation(
+        has_gate=gate, has_bias=bias, is_transposed=transposed, has_post_expert_norm=norm
+    )
+    class Experts(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.num_experts, self.act_fn = 4, nn.SiLU()
+            wide = 24 if gate else 12
+            for name, rows, cols in (("up_proj", wide, 8), ("down_proj", 8, 12)):
+                name = f"gate_{name}" if gate and name == "up_proj" else name
+                shape = (4, cols, rows) if transposed else (4, rows, cols)
+                setattr(self, name, nn.Parameter(torch.randn(shape)))
+                if bias:
+                    setattr(self, f"{name}_bias", nn.Parameter(torch.randn(4, rows)))
+            if norm:
+                self.post_expert_norm = nn.LayerNorm(8)
+
+        def forward(self, hidden_states, top_k_index, top_k_weights):
+            raise NotImplementedError
+
+    fused = Experts(None)
+    x, weights = torch.randn(5, 8), torch.rand(5, 2)
+    places = torch.stack([torch.randperm(4)[:2] for _ in range(5)])
+    wanted = moe_forms.batched_mm_experts_forward(fused, x, places, weights)
+    unfused = unfuse_experts(nn.Sequential(fused)).model[0]
+    assert isinstance(unfused, UnfusedExperts)
+    torch.testing.assert_close(unfused(x, places, weights), wanted, rtol=1e-4, atol=1e-4)
