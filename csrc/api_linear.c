@@ -1,6 +1,7 @@
 #include "api.h"
 #include "dispatch.h"
 #include "parallel.h"
+#include "kernels/packed.h"
 #include "plan.h"
 
 #include <stdatomic.h>
@@ -82,26 +83,73 @@ static qk_status run(linear_job *job, size_t depth, size_t (*scratch_bytes)(cons
     return atomic_load(&job->failed) ? QK_OUT_OF_MEMORY : QK_OK;
 }
 
+size_t qk_packed_row_bytes(size_t count, size_t bits)
+{
+    return qk_row_bytes(count, bits);
+}
+
+static int is_float_or_uint8(qk_dtype dtype)
+{
+    return qk_is_source(dtype) || dtype == QK_UINT8;
+}
+
+static qk_status check_packed(const qk_packed *p, size_t out_features)
+{
+    QK_REQUIRE(p->bits <= 8, QK_BAD_BITS);
+    QK_REQUIRE(p->group >= 1, QK_BAD_SHAPE);
+    QK_REQUIRE(is_float_or_uint8(p->scales_dtype), QK_BAD_DTYPE);
+    QK_REQUIRE(!p->scale_steps || p->scales_dtype == QK_UINT8, QK_BAD_DTYPE);
+    QK_REQUIRE(!p->zeros || is_float_or_uint8(p->zeros_dtype), QK_BAD_DTYPE);
+    QK_REQUIRE(!p->codebook || qk_is_source(p->codebook_dtype), QK_BAD_DTYPE);
+    QK_REQUIRE(!p->codebook || p->codebook_rows == 1 || p->codebook_rows == out_features,
+               QK_BAD_SHAPE);
+    QK_REQUIRE(p->bits != QK_BASE3 || (!p->zeros && !p->codebook), QK_BAD_CODES);
+    return QK_OK;
+}
+
 /* What forward and backward have in common; *x_bytes and *y_bytes are the sizes of the matrices. */
 static qk_status check(const qk_linear *l, size_t *x_bytes, size_t *y_bytes)
 {
     size_t weights;
-    QK_REQUIRE(qk_is_source(l->x_dtype) && qk_is_source(l->y_dtype) &&
-                   qk_is_source(l->scales_dtype),
-               QK_BAD_DTYPE);
+    QK_REQUIRE(qk_is_source(l->x_dtype) && qk_is_source(l->y_dtype), QK_BAD_DTYPE);
+    QK_REQUIRE(l->packed || qk_is_source(l->scales_dtype), QK_BAD_DTYPE);
     QK_REQUIRE(qk_multiply(l->tokens, l->in_features, x_bytes) &&
                    qk_multiply(*x_bytes, qk_dtype_bytes(l->x_dtype), x_bytes) &&
                    qk_multiply(l->tokens, l->out_features, y_bytes) &&
                    qk_multiply(*y_bytes, qk_dtype_bytes(l->y_dtype), y_bytes) &&
-                   qk_multiply(l->out_features, l->in_features, &weights),
+                   qk_multiply(l->out_features, l->in_features, &weights) &&
+                   qk_multiply(weights, sizeof(double), &weights),
                QK_BAD_SHAPE);
-    return QK_OK;
+    return l->packed ? check_packed(l->packed, l->out_features) : QK_OK;
+}
+
+static int overlaps_packed(const void *out, size_t bytes, const qk_linear *l)
+{
+    const qk_packed *p = l->packed;
+    size_t rows = l->out_features, groups = qk_groups(p, l->in_features),
+           entries = p->codebook_rows << p->bits;
+    size_t zeros = p->zeros_dtype == QK_UINT8 ? qk_row_bytes(groups, p->bits)
+                                              : groups * qk_dtype_bytes(p->zeros_dtype);
+    return qk_overlap(out, bytes, p->codes, rows * qk_row_bytes(l->in_features, p->bits)) ||
+           qk_overlap(out, bytes, p->scales, rows * groups * qk_dtype_bytes(p->scales_dtype)) ||
+           (p->zeros && qk_overlap(out, bytes, p->zeros, rows * zeros)) ||
+           (p->scale_steps && qk_overlap(out, bytes, p->scale_steps, rows * sizeof(float))) ||
+           (p->codebook &&
+            qk_overlap(out, bytes, p->codebook, entries * qk_dtype_bytes(p->codebook_dtype)));
 }
 
 static int overlaps_weights(const void *out, size_t bytes, const qk_linear *l)
 {
+    if (l->packed)
+        return overlaps_packed(out, bytes, l);
     return qk_overlap(out, bytes, l->weights, l->out_features * l->in_features) ||
            qk_overlap(out, bytes, l->scales, l->out_features * qk_dtype_bytes(l->scales_dtype));
+}
+
+static size_t pack_tokens(const qk_kernels *kernels, const qk_linear *linear)
+{
+    return linear->packed ? kernels->linear_packed_tokens[linear->x_dtype]
+                          : kernels->linear_pack_tokens[linear->x_dtype];
 }
 
 qk_status qk_linear_forward(void *y, const void *x, const qk_linear *linear)
@@ -119,8 +167,9 @@ qk_status qk_linear_forward(void *y, const void *x, const qk_linear *linear)
     const qk_kernels *kernels = qk_active_kernels();
     linear_job job = {
         .linear = linear,
-        .kernel = kernels->linear[linear->x_dtype],
-        .pack_tokens = kernels->linear_pack_tokens[linear->x_dtype],
+        .kernel = linear->packed ? kernels->linear_packed[linear->x_dtype]
+                                 : kernels->linear[linear->x_dtype],
+        .pack_tokens = pack_tokens(kernels, linear),
         .out = y,
         .in = x,
         .out_row_bytes = linear->out_features * qk_dtype_bytes(linear->y_dtype),
@@ -135,14 +184,21 @@ qk_status qk_choose_linear(qk_linear_choice *choice, const qk_linear *linear)
     const qk_kernels *kernels = qk_active_kernels();
     QK_REQUIRE(qk_is_source(linear->x_dtype), QK_BAD_DTYPE);
     QK_REQUIRE(linear->tokens && linear->out_features, QK_BAD_SHAPE);
+    if (linear->packed) {
+        qk_status status = check_packed(linear->packed, linear->out_features);
+        QK_REQUIRE(status == QK_OK, status);
+    }
     qk_linear_plan plan = qk_plan_linear(linear->tokens, linear->out_features, linear->in_features,
-                                         kernels->linear_pack_tokens[linear->x_dtype]);
+                                         pack_tokens(kernels, linear));
     size_t threads = qk_ceil_div(plan.strips * plan.chunks, plan.grain);
     *choice = (qk_linear_choice){.isa = qk_active_isa(), .is_packed = plan.is_packed};
-    choice->chunk = linear->tokens < plan.chunk ? linear->tokens : plan.chunk;
+    qk_linear chunk = *linear;
+    if (chunk.tokens > plan.chunk)
+        chunk.tokens = plan.chunk;
+    choice->chunk = chunk.tokens;
     choice->threads = threads < qk_get_threads() ? threads : qk_get_threads();
-    kernels->linear_tile[linear->x_dtype](choice->chunk, plan.is_packed, &choice->tile_tokens,
-                                          &choice->tile_features);
+    (linear->packed ? kernels->linear_packed_tile : kernels->linear_tile)[linear->x_dtype](
+        &chunk, plan.is_packed, &choice->tile_tokens, &choice->tile_features);
     return QK_OK;
 }
 
@@ -156,7 +212,8 @@ qk_status qk_linear_backward(void *grad_x, const void *grad_y, const qk_linear *
                QK_OVERLAP);
     linear_job job = {
         .linear = linear,
-        .kernel = qk_active_kernels()->linear_backward[linear->y_dtype],
+        .kernel = linear->packed ? qk_active_kernels()->linear_packed_backward[linear->y_dtype]
+                                 : qk_active_kernels()->linear_backward[linear->y_dtype],
         .out = grad_x,
         .in = grad_y,
         .out_row_bytes = linear->in_features * qk_dtype_bytes(linear->x_dtype),

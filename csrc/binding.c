@@ -142,6 +142,8 @@ static PyMethodDef methods[] = {
     {"encode_levels", qk_py_encode_levels, METH_VARARGS, NULL},
     {"linear", qk_py_linear, METH_VARARGS, NULL},
     {"linear_backward", qk_py_linear_backward, METH_VARARGS, NULL},
+    {"linear_packed", qk_py_linear_packed, METH_VARARGS, NULL},
+    {"linear_packed_backward", qk_py_linear_packed_backward, METH_VARARGS, NULL},
     {"choose_linear", qk_py_choose_linear, METH_VARARGS, NULL},
     {"isas", py_isas, METH_NOARGS, NULL},
     {"active_isa", py_active_isa, METH_NOARGS, NULL},

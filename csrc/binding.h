@@ -56,6 +56,8 @@ PyObject *qk_py_fit_levels(PyObject *module, PyObject *args);
 PyObject *qk_py_encode_levels(PyObject *module, PyObject *args);
 PyObject *qk_py_linear(PyObject *module, PyObject *args);
 PyObject *qk_py_linear_backward(PyObject *module, PyObject *args);
+PyObject *qk_py_linear_packed(PyObject *module, PyObject *args);
+PyObject *qk_py_linear_packed_backward(PyObject *module, PyObject *args);
 PyObject *qk_py_choose_linear(PyObject *module, PyObject *args);
 
 #endif

@@ -56,16 +56,25 @@ PyObject *qk_py_linear_backward(PyObject *module, PyObject *args)
     QK_RUN(qk_linear_backward(grad_x_data, grad_y_data, &linear));
 }
 
+/* With bits, group, zeros (0: none, 1: packed, 2: floats) and has_codebook of packed weights; a
+ * group of 0: int8 rows. */
 PyObject *qk_py_choose_linear(PyObject *module, PyObject *args)
 {
     (void)module;
+    static const char some_numbers[8]; /* never read */
+    qk_packed packed = {.codebook_rows = 1};
     qk_linear linear = {0};
     qk_linear_choice choice;
-    int x_dtype;
-    if (!PyArg_ParseTuple(args, "nnni", &linear.tokens, &linear.out_features, &linear.in_features,
-                          &x_dtype))
+    int x_dtype, zeros, has_codebook;
+    if (!PyArg_ParseTuple(args, "nnninnii", &linear.tokens, &linear.out_features,
+                          &linear.in_features, &x_dtype, &packed.bits, &packed.group, &zeros,
+                          &has_codebook))
         return NULL;
     linear.x_dtype = (qk_dtype)x_dtype;
+    packed.zeros = zeros ? some_numbers : NULL;
+    packed.zeros_dtype = zeros == 1 ? QK_UINT8 : QK_FLOAT32;
+    packed.codebook = has_codebook ? some_numbers : NULL;
+    linear.packed = packed.group ? &packed : NULL;
     qk_status status = qk_choose_linear(&choice, &linear);
     if (status != QK_OK)
         return qk_raise_status(status, 0);

@@ -151,24 +151,52 @@ typedef struct qk_leveling {
  * two are as near. 0 where the scale is not above 0, the lowest level where x is NaN. */
 qk_status qk_encode_levels(uint8_t *codes, const void *x, const qk_leveling *form);
 
-/* ---- linear: y = x (int8 * scale)^T + bias ------------------------------ */
+/* ---- linear: y = x W^T + bias, W of codes and scales --------------------- */
+
+enum { QK_BASE3 = 0 /* in place of a width: ternary codes, five to a byte (qk_pack_ternary) */ };
+
+/* Weights of 1 to 8 bits in groups: w = (value - zero) * scale, computed in float, where the value
+ * of a code is its entry of the codebook; without one the code itself, which is unsigned where
+ * there are zero points and else in two's complement. Base-3 codes 0, 1, 2 stand for 0, 1, -1.
+ *
+ * Rows of codes are dense (qk_packing: axis 1, straddle), each starts on a byte. A row has
+ * groups = ceil(in_features / group) scales. */
+typedef struct qk_packed {
+    const uint8_t *codes;     /* [out_features][qk_packed_row_bytes] */
+    size_t bits;              /* 1..8, or QK_BASE3 */
+    size_t group;             /* codes that share a scale; at least 1 */
+    const void *scales;       /* [out_features][groups] */
+    const void *zeros;        /* NULL, or [out_features][groups], or packed as rows of codes are */
+    const void *codebook;     /* NULL, or [codebook_rows][2^bits] */
+    const float *scale_steps; /* NULL, or [out_features]: a uint8 scale u is u * step */
+    size_t codebook_rows;     /* 1 or out_features */
+    qk_dtype scales_dtype;    /* a float, or uint8: without steps 2^(u - 127), 255 is NaN */
+    qk_dtype zeros_dtype;     /* a float, or uint8: packed codes of `bits` bits */
+    qk_dtype codebook_dtype;
+} qk_packed;
+
+/* Bytes of a row of `count` codes. */
+size_t qk_packed_row_bytes(size_t count, size_t bits);
 
 typedef struct qk_linear {
     size_t tokens, out_features, in_features;
-    const int8_t *weights; /* [out_features][in_features] */
-    const void *scales;    /* [out_features] */
-    const void *bias;      /* [out_features], or NULL */
-    qk_dtype scales_dtype; /* float32, float64, float16 or bfloat16, each on its own */
+    const qk_packed *packed; /* NULL: W = weights * scales, */
+    const int8_t *weights;   /* [out_features][in_features] */
+    const void *scales;      /* [out_features] */
+    const void *bias;        /* [out_features], or NULL */
+    qk_dtype scales_dtype;   /* float32, float64, float16 or bfloat16, each on its own */
     qk_dtype bias_dtype;
     qk_dtype x_dtype; /* float64: accumulated in double, float otherwise */
     qk_dtype y_dtype;
 } qk_linear;
 
-/* y [tokens][out_features], x [tokens][in_features]. Scale and bias are applied in the
- * accumulator's type, then y is rounded once. */
+/* y [tokens][out_features], x [tokens][in_features]. A scale of a row and the bias are applied in
+ * the accumulator's type, then y is rounded once. Weights in groups may be rounded to bfloat16
+ * where x has that type. */
 qk_status qk_linear_forward(void *y, const void *x, const qk_linear *linear);
 
-/* How a forward call would run now: only sizes and x_dtype of `linear` are read. */
+/* How a forward call would run now: only sizes and x_dtype of `linear` are read, and of its packed
+ * weights bits, group and whether there are zeros and a codebook. */
 typedef struct qk_linear_choice {
     const char *isa;
     size_t tile_tokens, tile_features; /* sums that are kept in registers at a time */
@@ -178,7 +206,7 @@ typedef struct qk_linear_choice {
 } qk_linear_choice;
 qk_status qk_choose_linear(qk_linear_choice *choice, const qk_linear *linear);
 
-/* grad_x [tokens][in_features] = (grad_y * scales) weights, from grad_y [tokens][out_features].
+/* grad_x [tokens][in_features] = grad_y W, from grad_y [tokens][out_features].
  * grad_y has y_dtype, grad_x has x_dtype; bias is not read. */
 qk_status qk_linear_backward(void *grad_x, const void *grad_y, const qk_linear *linear);
 

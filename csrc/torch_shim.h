@@ -39,6 +39,7 @@ typedef void (*stable_kernel)(uint64_t *stack, uint64_t arguments, uint64_t resu
     F(int32_t, aoti_torch_dtype_float16, (void))                                                   \
     F(int32_t, aoti_torch_dtype_bfloat16, (void))                                                  \
     F(int32_t, aoti_torch_dtype_int8, (void))                                                      \
+    F(int32_t, aoti_torch_dtype_uint8, (void))                                                     \
     F(void, aoti_torch_check,                                                                      \
       (bool condition, const char *function, const char *file, uint32_t line,                      \
        const char *message))                                                                       \

@@ -361,10 +361,19 @@ def linear(x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None = Non
 
 
 def choose_linear(
-    tokens: int, out_features: int, in_features: int, dtype: DType
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    dtype: DType,
+    packed: tuple[int, int, int, int] = (8, 0, 0, 0),
 ) -> tuple[str, int, int, int, int, bool]:
-    """How such a call would run: isa, tile tokens and features, chunk, threads, packed or not."""
-    return _kernels.choose_linear(tokens, out_features, in_features, _kernel_number(dtype))
+    """How such a call would run: isa, tile tokens and features, chunk, threads, packed or not.
+
+    ``packed``: bits, group, zeros (0: none, 1: packed, 2: floats) and whether there is a codebook;
+    a group of 0: int8 rows.
+    """
+    number = _kernel_number(dtype)
+    return _kernels.choose_linear(tokens, out_features, in_features, number, *packed)
 
 
 def _kernel_number(dtype: Any) -> int:

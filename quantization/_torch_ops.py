@@ -1,265 +1,69 @@
-"""The torch operators: ``y = x (weights * scales)^T + bias`` with int8 weights, and its gradient.
+"""The linear maps of quantized weights as torch functions: derivatives, autocast, fx.
 
-Importing this module imports torch. The operators (``torch.ops.quantization.linear``,
-``linear_bias`` and ``linear_backward``) are registered from C through torch's stable shim, or, with
-a torch that lacks it, in Python over the NumPy binding; the environment variable
-``QUANTIZATION_TORCH_OPS`` forces one of them (``c``, or an error; ``python``). Here they get shapes
-for fake tensors, batching rules and derivatives. Programs call :func:`linear`: a bare operator has
-no gradient.
+``linear`` has int8 weights with a scale a row, ``packed_linear`` weights of any width in groups.
+Both are one native call (:mod:`quantization._torch_kernels` has the operators).
 """
 
 from __future__ import annotations
 
-import os
-from typing import Any
-
 import torch
 from torch.autograd import forward_ad
 
-from quantization import _kernels
-
-_SCHEMAS = {
-    "linear": "(Tensor x, Tensor weights, Tensor scales, ScalarType dtype) -> Tensor",
-    "linear_bias": "(Tensor x, Tensor weights, Tensor scales, Tensor bias, ScalarType dtype)"
-    " -> Tensor",
-    "linear_backward": "(Tensor grad, Tensor weights, Tensor scales, ScalarType dtype) -> Tensor",
-}
-
-# ---- kernels in Python, for a torch without the stable shim -----------------------------------
-
-
-def _array(tensor: torch.Tensor) -> Any:
-    """The numbers of a CPU tensor as an ndarray; 16-bit floats as their bits."""
-    tensor = tensor.detach().contiguous()
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        tensor = tensor.view(torch.int16)
-    return tensor.numpy()
-
-
-def _number(dtype: torch.dtype) -> int:
-    """The kernels' number of a dtype.
-
-    Raises:
-        RuntimeError: for a dtype that is no float type of the kernels.
-    """
-    numbers = {
-        torch.float32: _kernels.FLOAT32,
-        torch.bfloat16: _kernels.BFLOAT16,
-        torch.float16: _kernels.FLOAT16,
-        torch.float64: _kernels.FLOAT64,
-    }
-    if dtype not in numbers:
-        raise RuntimeError(f"must be float32, bfloat16, float16 or float64, not {dtype}")
-    return numbers[dtype]
-
-
-def _check(
-    rows: torch.Tensor,
-    weights: torch.Tensor,
-    scales: torch.Tensor,
-    bias: torch.Tensor | None,
-    side: int,
-) -> None:
-    """Shapes and dtypes, as torch_ops.c checks them; works on fake tensors.
-
-    One meta tensor is enough to bring torch here, to a result without numbers: that must be meta.
-    """
-    for tensor in (weights, scales, bias):
-        torch._check(
-            tensor is None or tensor.is_meta == rows.is_meta,
-            lambda: (
-                "some tensors are on the meta device, without numbers, and some are not: load "
-                "or move them first"
-            ),
-        )
-    torch._check(weights.dtype == torch.int8, lambda: f"weights must be int8, not {weights.dtype}")
-    torch._check(
-        weights.dim() == 2 and rows.dim() >= 1 and rows.shape[-1] == weights.shape[side],
-        lambda: f"input {tuple(rows.shape)} does not fit weights {tuple(weights.shape)}",
-    )
-    for vector in (scales, bias):
-        torch._check(
-            vector is None or (vector.dim() == 1 and vector.shape[0] == weights.shape[0]),
-            lambda: f"scales and bias must have {weights.shape[0]} elements (out_features)",
-        )
-
-
-def _python_linear_bias(
-    x: torch.Tensor,
-    weights: torch.Tensor,
-    scales: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    _check(x, weights, scales, bias, side=1)
-    out_features, in_features = weights.shape
-    y = torch.empty((*x.shape[:-1], out_features), dtype=dtype)
-    _kernels.linear(
-        _array(y),
-        _array(x),
-        _array(weights),
-        _array(scales),
-        None if bias is None else _array(bias),
-        x.shape[:-1].numel(),
-        out_features,
-        in_features,
-        _number(dtype),
-        _number(x.dtype),
-        _number(scales.dtype),
-        _number(scales.dtype if bias is None else bias.dtype),
-    )
-    return y
-
-
-def _python_linear(
-    x: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    return _python_linear_bias(x, weights, scales, None, dtype)
-
-
-def _python_linear_backward(
-    grad: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
-) -> torch.Tensor:
-    _check(grad, weights, scales, None, side=0)
-    out_features, in_features = weights.shape
-    grad_x = torch.empty((*grad.shape[:-1], in_features), dtype=dtype)
-    _kernels.linear_backward(
-        _array(grad_x),
-        _array(grad),
-        _array(weights),
-        _array(scales),
-        grad.shape[:-1].numel(),
-        out_features,
-        in_features,
-        _number(dtype),
-        _number(grad.dtype),
-        _number(scales.dtype),
-    )
-    return grad_x
-
-
-# ---- registration ----------------------------------------------------------------------------
-
-
-def _register() -> str:
-    """Register the operators; returns which kernels they have, ``"c"`` or ``"python"``.
-
-    Raises:
-        RuntimeError: if QUANTIZATION_TORCH_OPS asks for what cannot be had.
-    """
-    wanted = os.environ.get("QUANTIZATION_TORCH_OPS", "")
-    if wanted not in ("", "c", "python"):
-        raise RuntimeError(f"QUANTIZATION_TORCH_OPS is {wanted!r}; allowed are 'c' and 'python'")
-    if wanted != "python":
-        for name in ("libtorch_cpu.so", "libtorch_cpu.dylib"):
-            if _kernels.register_torch(os.path.join(torch.__path__[0], "lib", name)):
-                return "c"
-        if wanted == "c":
-            raise RuntimeError(
-                f"torch {torch.__version__} has no stable C shim (2.10 and later have); "
-                "unset QUANTIZATION_TORCH_OPS"
-            )
-    kernels = (_python_linear, _python_linear_bias, _python_linear_backward)
-    for (name, schema), kernel in zip(_SCHEMAS.items(), kernels, strict=True):
-        torch.library.define(f"quantization::{name}", schema)
-        torch.library.impl(f"quantization::{name}", "CPU", kernel)
-    return "python"
-
-
-#: Which kernels the operators have: ``"c"`` or ``"python"``.
-KERNELS = _register()
-
-_linear = torch.ops.quantization.linear.default
-_linear_bias = torch.ops.quantization.linear_bias.default
-_linear_backward = torch.ops.quantization.linear_backward.default
-
-
-@torch.library.register_fake("quantization::linear_bias")
-def _fake_linear_bias(x, weights, scales, bias, dtype):
-    _check(x, weights, scales, bias, side=1)
-    return x.new_empty((*x.shape[:-1], weights.shape[0]), dtype=dtype)
-
-
-@torch.library.register_fake("quantization::linear")
-def _fake_linear(x, weights, scales, dtype):
-    return _fake_linear_bias(x, weights, scales, None, dtype)
-
-
-@torch.library.register_fake("quantization::linear_backward")
-def _fake_linear_backward(grad, weights, scales, dtype):
-    _check(grad, weights, scales, None, side=0)
-    return grad.new_empty((*grad.shape[:-1], weights.shape[1]), dtype=dtype)
-
-
-def _register_batching(operator: Any) -> None:
-    """Under vmap a batch of rows is more rows; a batch of weights is one call for each."""
-
-    def batched(info, in_dims, rows, *rest):
-        if all(dim is None for dim in in_dims[1:]):
-            return operator(rows.movedim(in_dims[0], 0), *rest), 0
-        results = []
-        for i in range(info.batch_size):
-            pairs = zip((rows, *rest), in_dims, strict=True)
-            results.append(operator(*(a if d is None else a.select(d, i) for a, d in pairs)))
-        return torch.stack(results), 0
-
-    torch.library.register_vmap(operator, batched)
-
-
-for _operator in (_linear, _linear_bias, _linear_backward):
-    _register_batching(_operator)
-
-
-def _register_nested(name: str, operator: Any) -> None:
-    """A nested tensor, which nn.TransformerEncoder makes of a mask, is a call for each part."""
-
-    def nested(x, *rest):
-        return torch.nested.as_nested_tensor([operator(part, *rest) for part in x.unbind()])
-
-    _library.impl(name, nested, "NestedTensorCPU")
-    _library.impl(name, torch.library.fallthrough_kernel, "AutogradNestedTensor")
-
-
-_library = torch.library.Library("quantization", "FRAGMENT")  # what it registered dies with it
-_register_nested("linear", _linear)
-_register_nested("linear_bias", _linear_bias)
+from quantization import _torch_kernels as kernels
 
 # ---- derivatives -----------------------------------------------------------------------------
+#
+# Quantized weights are `tensors`, and `numbers` that say how to read them: for int8 rows (weights,
+# scales) and (); for packed ones (weights, scales, scale_steps, zero_points, codebook) and (bits,
+# group, in_features, present).
 
 
-def _forward(x, weights, scales, bias, dtype):
+def _forward(x, bias, dtype, numbers, *tensors):
+    if numbers:
+        bits, group, _, present = numbers
+        if bias is None:
+            return kernels.packed(x, *tensors, tensors[1], bits, group, present, dtype)
+        present |= kernels.HAS_BIAS
+        return kernels.packed(x, *tensors, bias, bits, group, present, dtype)
     if bias is None:
-        return _linear(x, weights, scales, dtype)
-    return _linear_bias(x, weights, scales, bias, dtype)
+        return kernels.linear(x, *tensors, dtype)
+    return kernels.linear_bias(x, *tensors, bias, dtype)
+
+
+def _backward(grad, dtype, numbers, *tensors):
+    if numbers:
+        bits, group, in_features, present = numbers
+        return kernels.packed_backward(grad, *tensors, in_features, bits, group, present, dtype)
+    return kernels.linear_backward(grad, *tensors, dtype)
 
 
 class _Linear(torch.autograd.Function):
-    """y = x W^T + bias, where W = weights * scales; derivatives to x and bias."""
+    """y = x W^T + bias; derivatives to x and bias."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, weights, scales, bias, dtype):
-        return _forward(x, weights, scales, bias, dtype)
+    def forward(x, bias, dtype, numbers, *tensors):
+        return _forward(x, bias, dtype, numbers, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, weights, scales, bias, dtype = inputs
-        ctx.save_for_backward(weights, scales)
-        ctx.save_for_forward(weights, scales)
-        ctx.x_dtype, ctx.dtype = x.dtype, dtype
+        x, bias, dtype, numbers, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.x_dtype, ctx.dtype, ctx.numbers = x.dtype, dtype, numbers
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
     def backward(ctx, grad):
-        weights, scales = ctx.saved_tensors
+        tensors = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, weights, scales, ctx.x_dtype)
-        if ctx.needs_input_grad[3]:
+            grad_x = _input_gradient(grad, ctx.x_dtype, ctx.numbers, *tensors)
+        if ctx.needs_input_grad[1]:
             rows = grad.unsqueeze(0) if grad.dim() == 1 else grad.flatten(0, -2)
             grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
-        return grad_x, None, None, grad_bias, None
+        return grad_x, grad_bias, None, None, *[None] * len(tensors)
 
 
 class _InputGradient(torch.autograd.Function):
@@ -268,32 +72,32 @@ class _InputGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, weights, scales, dtype):
-        return _linear_backward(grad, weights, scales, dtype)
+    def forward(grad, dtype, numbers, *tensors):
+        return _backward(grad, dtype, numbers, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, weights, scales, dtype = inputs
-        ctx.save_for_backward(weights, scales)
-        ctx.save_for_forward(weights, scales)
-        ctx.grad_dtype, ctx.dtype = grad.dtype, dtype
+        grad, dtype, numbers, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.grad_dtype, ctx.dtype, ctx.numbers = grad.dtype, dtype, numbers
 
     @staticmethod
     def backward(ctx, grad):
-        weights, scales = ctx.saved_tensors
-        return _map(grad, weights, scales, None, ctx.grad_dtype), None, None, None
+        tensors = ctx.saved_tensors
+        along = _map(grad, None, ctx.grad_dtype, ctx.numbers, *tensors)
+        return along, None, None, *[None] * len(tensors)
 
 
 class _DualLinear(_Linear):
     """The same with forward mode, apart because torch.compile refuses functions that have it."""
 
     @staticmethod
-    def jvp(ctx, x, weights, scales, bias, dtype):
-        saved_weights, saved_scales = ctx.saved_tensors
+    def jvp(ctx, x, bias, dtype, numbers, *tensors):
         tangent = None if bias is None else bias.to(ctx.dtype)
         if x is None:
             return tangent
-        along_x = _map(x, saved_weights, saved_scales, None, ctx.dtype)
+        along_x = _map(x, None, ctx.dtype, ctx.numbers, *ctx.saved_tensors)
         return along_x if tangent is None else along_x + tangent
 
 
@@ -301,8 +105,8 @@ class _DualInputGradient(_InputGradient):
     """The same with forward mode."""
 
     @staticmethod
-    def jvp(ctx, grad, weights, scales, dtype):
-        return _input_gradient(grad, *ctx.saved_tensors, ctx.dtype)
+    def jvp(ctx, grad, dtype, numbers, *tensors):
+        return _input_gradient(grad, ctx.dtype, ctx.numbers, *ctx.saved_tensors)
 
 
 def _is_forward_mode() -> bool:
@@ -315,21 +119,35 @@ def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
     return _is_forward_mode()
 
 
-def _map(x, weights, scales, bias, dtype):
+def _map(x, bias, dtype, numbers, *tensors):
     if _is_differentiated(x, bias):
         function = _DualLinear if _is_forward_mode() else _Linear
-        return function.apply(x, weights, scales, bias, dtype)
-    return _forward(x, weights, scales, bias, dtype)
+        return function.apply(x, bias, dtype, numbers, *tensors)
+    return _forward(x, bias, dtype, numbers, *tensors)
 
 
-def _input_gradient(grad, weights, scales, dtype):
+def _input_gradient(grad, dtype, numbers, *tensors):
     if _is_differentiated(grad):
         function = _DualInputGradient if _is_forward_mode() else _InputGradient
-        return function.apply(grad, weights, scales, dtype)
-    return _linear_backward(grad, weights, scales, dtype)
+        return function.apply(grad, dtype, numbers, *tensors)
+    return _backward(grad, dtype, numbers, *tensors)
 
 
-# ---- the public function ---------------------------------------------------------------------
+def _output_dtype(x: torch.Tensor) -> torch.dtype:
+    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
+        return torch.get_autocast_dtype("cpu")
+    return x.dtype
+
+
+def _refuse_trained(scales: torch.Tensor) -> None:
+    if scales.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "scales require a gradient, and quantized weights have none: pass "
+            "scales.detach(), or train the float layer and quantize it again"
+        )
+
+
+# ---- the public functions --------------------------------------------------------------------
 
 
 @torch.fx.wrap
@@ -373,12 +191,65 @@ def linear(
         return torch.ops.quantization.linear_bias(x, weights, scales, bias, dtype)
     else:
         if out_dtype is None:
-            out_dtype = x.dtype
-            if torch.is_autocast_enabled("cpu") and out_dtype != torch.float64:
-                out_dtype = torch.get_autocast_dtype("cpu")
-        if scales.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(
-                "scales require a gradient, and quantized weights have none: pass "
-                "scales.detach(), or train the float layer and quantize it again"
-            )
-        return _map(x, weights, scales, bias, out_dtype)
+            out_dtype = _output_dtype(x)
+        _refuse_trained(scales)
+        return _map(x, bias, out_dtype, (), weights, scales)
+
+
+@torch.fx.wrap
+def packed_linear(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    scale_steps: torch.Tensor | None,
+    zero_points: torch.Tensor | None,
+    codebook: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group: int,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``x @ W.T + bias`` in one native call, where W are packed weights of 1 to 8 bits in groups.
+
+    ``w = (value - zero) * scale`` in float32: the value of a code is its entry of ``codebook``;
+    without one the code itself, unsigned where there are zero points, else in two's complement.
+    Products are summed in float32 (float64 for a float64 ``x``); where ``x`` is bfloat16, weights
+    may be rounded to bfloat16 first. Works wherever :func:`linear` does.
+
+    Args:
+        x: activations [..., in_features]; float32, bfloat16, float16 or float64.
+        weights: uint8 [out_features, row bytes], dense rows, first code in the lowest bits.
+        scales: [out_features, ceil(in_features / group)]; a float type, or uint8: codes of
+            ``scale_steps``, without those exponents, ``2 ** (scale - 127)``.
+        scale_steps: float32 [out_features], or None.
+        zero_points: as scales, of a float type; or uint8, packed as the weights are; or None.
+        codebook: a float type, [1, 2**bits] or one a row, [out_features, 2**bits]; or None.
+        bias: [out_features], of a float type, or None.
+        bits: of a code; 0: ternary codes 0, 1, 2 for 0, 1, -1, five to a byte in base 3.
+        group: codes of a row that share a scale.
+        out_dtype: as for :func:`linear`.
+
+    Returns:
+        [..., out_features] in ``out_dtype``.
+
+    Raises:
+        RuntimeError: if shapes or dtypes do not fit, or scales ask for a gradient.
+
+    Example:
+        >>> import torch
+        >>> weights = torch.tensor([[0x21], [0xF1]], dtype=torch.uint8)  # 1, 2 and 1, -1
+        >>> scales = torch.tensor([[0.5], [2.0]])
+        >>> packed_linear(torch.ones(1, 2), weights, scales, None, None, None, None, 4, 2)
+        tensor([[1.5000, 0.0000]])
+    """
+    if out_dtype is None:
+        out_dtype = _output_dtype(x)
+    _refuse_trained(scales)
+    present = (
+        (scale_steps is not None) * kernels.HAS_STEPS
+        | (zero_points is not None) * kernels.HAS_ZEROS
+        | (codebook is not None) * kernels.HAS_CODEBOOK
+    )
+    optional = [scales if t is None else t for t in (scale_steps, zero_points, codebook)]
+    numbers = (bits, group, x.shape[-1], present)
+    return _map(x, bias, out_dtype, numbers, weights, scales, *optional)

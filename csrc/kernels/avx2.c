@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "inline.h"
-#include "scalar.h"
+#include "packed.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
@@ -24,7 +24,9 @@
 
 #include "linear_avx2.inc"
 #include "linear_rows.inc"
-#define BFLOAT16_FORM float
+#include "linear_int8.inc"
+#include "quads_avx2.inc"
+#include "linear_quads.inc"
 #include "linear.inc"
 
 void qk_use_avx2(qk_kernels *table)

@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "inline.h"
-#include "scalar.h"
+#include "packed.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                      \
@@ -26,9 +26,12 @@
 
 #include "linear_avx512.inc"
 #include "linear_rows.inc"
+#include "linear_int8.inc"
+#include "quads_avx512.inc"
+#include "linear_quads.inc"
 #include "linear_pairs.inc"
 #include "linear_pairs_avx512.inc"
-#define BFLOAT16_FORM pairs
+#define HAS_PAIRS
 #include "linear.inc"
 
 void qk_use_avx512(qk_kernels *table)

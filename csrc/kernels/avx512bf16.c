@@ -9,7 +9,7 @@
 #include <string.h>
 
 #include "inline.h"
-#include "scalar.h"
+#include "packed.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                      \
@@ -23,11 +23,42 @@
 
 #include "linear_avx512.inc"
 #include "linear_rows.inc"
+#include "linear_int8.inc"
+#define QUADS_VBMI
+#include "quads_avx512.inc"
+#include "linear_quads.inc"
 #include "linear_pairs.inc"
 #include "linear_avx512bf16.inc"
+#include "linear_twins.inc"
 
-#define T       float
+#define T float
+
+INT8_FORM(pairs)
+#define FORM pairs
+#include "linear_tile.inc"
 #define FORM    pairs
+#define X       bfloat16
+#define X_BYTES 2
+#include "linear_dot.inc"
+
+#define FORM quads
+#include "linear_tile.inc"
+#define FORM    quads
+#define X       float32
+#define X_BYTES 4
+#include "linear_dot.inc"
+#define FORM    quads
+#define X       float16
+#define X_BYTES 2
+#include "linear_dot.inc"
+#define FORM    quads
+#define X       bfloat16
+#define X_BYTES 2
+#include "linear_dot.inc"
+
+#define FORM twins
+#include "linear_tile.inc"
+#define FORM    twins
 #define X       bfloat16
 #define X_BYTES 2
 #include "linear_dot.inc"
@@ -53,15 +84,45 @@ static void linear_dot_products(void *y, const void *x, const qk_linear_strip *s
     if (has_tiny(x, strip->linear->tokens * strip->linear->in_features))
         linear_exact(y, x, strip);
     else
-        linear_bfloat16(y, x, strip);
+        pairs_linear_bfloat16(y, x, strip);
+}
+
+/* Numbers that are not looked up in a table cost more in bfloat16 than the products gain, but where
+ * many tokens share them. */
+static int uses_twins(const qk_linear *l)
+{
+    return twins_has(twins_kind(l)) || l->tokens >= TWINS_FROM;
+}
+
+static void linear_packed(void *y, const void *x, const qk_linear_strip *strip)
+{
+    if (uses_twins(strip->linear))
+        twins_linear_bfloat16(y, x, strip);
+    else
+        quads_linear_bfloat16(y, x, strip);
+}
+
+static void packed_tile(const qk_linear *l, int is_packed, size_t *rows, size_t *cols)
+{
+    if (uses_twins(l))
+        twins_tile_shape_bfloat16(l, is_packed, rows, cols);
+    else
+        quads_tile_shape_bfloat16(l, is_packed, rows, cols);
 }
 
 void qk_use_avx512bf16(qk_kernels *table)
 {
     linear_exact = table->linear[QK_BFLOAT16];
     table->linear[QK_BFLOAT16] = linear_dot_products;
-    table->linear_tile[QK_BFLOAT16] = shape_bfloat16;
+    table->linear_tile[QK_BFLOAT16] = pairs_tile_shape_bfloat16;
     table->linear_pack_tokens[QK_BFLOAT16] = 19;
+    table->linear_packed[QK_FLOAT32] = quads_linear_float32;
+    table->linear_packed[QK_FLOAT16] = quads_linear_float16;
+    table->linear_packed_tile[QK_FLOAT32] = quads_tile_shape_float32;
+    table->linear_packed_tile[QK_FLOAT16] = quads_tile_shape_float16;
+    table->linear_packed[QK_BFLOAT16] = linear_packed;
+    table->linear_packed_tile[QK_BFLOAT16] = packed_tile;
+    table->linear_packed_tokens[QK_BFLOAT16] = TWINS_PACK_TOKENS;
 }
 
 #if defined(__clang__)

@@ -31,21 +31,45 @@ enum {
     QK_LINEAR_SUMS = 56, /* and so many sums are kept for each token, at most */
 };
 
+/* Numbers for the scales of one row of packed weights, however they are spread. */
+static inline size_t qk_packed_span(const qk_linear *linear)
+{
+    size_t depth = (linear->in_features / QK_LINEAR_STEP + 1) * QK_LINEAR_STEP;
+    return (linear->packed->group % 4 ? depth : depth / 4) + QK_LINEAR_STEP;
+}
+
+/* Memory for what belongs to the packed weights of a tile: scales, zeros, values of codes, and rows
+ * of base-3 codes in 2 bits. */
+static inline size_t qk_packed_scratch_bytes(const qk_linear *linear)
+{
+    if (!linear->packed)
+        return 0;
+    size_t floats = (2 * QK_LINEAR_TILE + 2) * qk_packed_span(linear) + QK_LINEAR_TILE * 256;
+    return floats * sizeof(float) + QK_LINEAR_TILE * (linear->in_features / 4 + 8);
+}
+
 /* Memory for a strip of that call: packed activations and weights, and sums. */
 static inline size_t qk_linear_scratch_bytes(const qk_linear *linear)
 {
     size_t number = linear->x_dtype == QK_FLOAT64 ? sizeof(double) : sizeof(float);
     size_t depth = (linear->in_features / QK_LINEAR_STEP + 1) * QK_LINEAR_STEP;
-    return ((linear->tokens + QK_LINEAR_TILE) * depth + linear->tokens * QK_LINEAR_SUMS) * number;
+    size_t numbers = (linear->tokens + QK_LINEAR_TILE) * depth + linear->tokens * QK_LINEAR_SUMS;
+    return numbers * number + qk_packed_scratch_bytes(linear);
 }
 
-enum { QK_BACKWARD_WIDE = 192 /* input features that are summed at once */ };
+enum {
+    QK_BACKWARD_WIDE = 192, /* input features that are summed at once, */
+    QK_BACKWARD_DEEP = 64,  /* and rows of packed weights that are converted at once */
+};
 
-/* The same for a backward strip: factors of all tokens, and sums. */
+/* The same for a backward strip: factors of all tokens, sums, and converted weights. */
 static inline size_t qk_backward_scratch_bytes(const qk_linear *linear)
 {
     size_t number = linear->y_dtype == QK_FLOAT64 ? sizeof(double) : sizeof(float);
-    return linear->tokens * (linear->out_features + QK_BACKWARD_WIDE) * number;
+    size_t bytes = linear->tokens * (linear->out_features + QK_BACKWARD_WIDE) * number;
+    if (linear->packed)
+        bytes += QK_BACKWARD_DEEP * (QK_BACKWARD_WIDE + QK_LINEAR_STEP) * sizeof(float);
+    return bytes + qk_packed_scratch_bytes(linear);
 }
 
 /* Lines of a matrix: `lines` of them, `count` elements each, the first elements `stride` >= count
@@ -103,8 +127,9 @@ typedef struct qk_kernels {
      * in the strip. Indexed by x dtype. Any number of tokens gives a row the same bits. */
     void (*linear[QK_FLOATS])(void *y, const void *x, const qk_linear_strip *strip);
 
-    /* The register tile of a strip of so many tokens, whose weights are packed or not. */
-    void (*linear_tile[QK_FLOATS])(size_t tokens, int is_packed, size_t *rows, size_t *cols);
+    /* The register tile of a call whose weights are to be packed or not. */
+    void (*linear_tile[QK_FLOATS])(const qk_linear *linear, int is_packed, size_t *rows,
+                                   size_t *cols);
 
     /* From how many tokens on it pays that the kernel packs weights; 0: never. */
     size_t linear_pack_tokens[QK_FLOATS];
@@ -113,6 +138,14 @@ typedef struct qk_kernels {
      * summed over all output features in index order. Indexed by grad_y dtype. */
     void (*linear_backward[QK_FLOATS])(void *grad_x, const void *grad_y,
                                        const qk_linear_strip *strip);
+
+    /* The same four for packed weights (linear->packed of qk.h). */
+    void (*linear_packed[QK_FLOATS])(void *y, const void *x, const qk_linear_strip *strip);
+    void (*linear_packed_tile[QK_FLOATS])(const qk_linear *linear, int is_packed, size_t *rows,
+                                          size_t *cols);
+    size_t linear_packed_tokens[QK_FLOATS];
+    void (*linear_packed_backward[QK_FLOATS])(void *grad_x, const void *grad_y,
+                                              const qk_linear_strip *strip);
 } qk_kernels;
 
 #define QK_ISA(name, runs) void qk_use_##name(qk_kernels *table);

@@ -7,7 +7,7 @@
 #include <string.h>
 
 #include "inline.h"
-#include "scalar.h"
+#include "packed.h"
 
 #include "quantize_neon.inc"
 #include "quantize.inc"
@@ -17,7 +17,9 @@
 
 #include "linear_neon.inc"
 #include "linear_rows.inc"
-#define BFLOAT16_FORM float
+#include "linear_int8.inc"
+#include "quads_neon.inc"
+#include "linear_quads.inc"
 #include "linear.inc"
 
 void qk_use_neon(qk_kernels *table)

@@ -8,5 +8,6 @@
 void qk_define_quantize(qk_kernels *table); /* range, magnitude, encode, decode */
 void qk_define_pack(qk_kernels *table);     /* pack_*, unpack_* */
 void qk_define_linear(qk_kernels *table);   /* linear, linear_backward */
+void qk_define_packed(qk_kernels *table);   /* linear_packed, linear_packed_backward */
 
 #endif

@@ -1,8 +1,7 @@
+#include "check_linear.h"
+
 #include <math.h>
 #include <string.h>
-
-#include "harness.h"
-#include "../../csrc/kernels/scalar.h"
 
 /* A sum of k products in a type of unit roundoff u errs by at most (k + 2) u sum|x w|, whatever
  * its order and with or without FMA (Higham, Accuracy and Stability of Numerical Algorithms, 3.1);
@@ -11,11 +10,7 @@
 static region x_region, weights_region, scales_region, bias_region, scratch_region;
 static output result, again;
 
-typedef struct sizes {
-    size_t tokens, out_features, in_features;
-} sizes;
-
-static const double unit[QK_FLOATS] = {
+const double unit[QK_FLOATS] = {
     [QK_FLOAT32] = 0x1p-24, [QK_FLOAT64] = 0x1p-53, [QK_FLOAT16] = 0x1p-11, [QK_BFLOAT16] = 0x1p-8};
 /* Half the distance of subnormals. */
 static const double tiny[QK_FLOATS] = {[QK_FLOAT32] = 0x1p-150,
@@ -23,7 +18,7 @@ static const double tiny[QK_FLOATS] = {[QK_FLOAT32] = 0x1p-150,
                                        [QK_FLOAT16] = 0x1p-25,
                                        [QK_BFLOAT16] = 0x1p-134};
 
-static void *fill_floats(region *where, qk_dtype dtype, size_t count, double size)
+void *fill_floats(region *where, qk_dtype dtype, size_t count, double size)
 {
     void *data = place(where, count * qk_dtype_bytes(dtype));
     for (size_t i = 0; i < count; i++)
@@ -31,15 +26,15 @@ static void *fill_floats(region *where, qk_dtype dtype, size_t count, double siz
     return data;
 }
 
-static double load(const region *where, size_t index, qk_dtype dtype)
+double load(const region *where, size_t index, qk_dtype dtype)
 {
     return qk_load_source(where->data, index, dtype);
 }
 
 /* Is `have` within the bound of the exact y = sum * scale + bias, its terms summing to `total` in
  * magnitude over `terms` products? Unit roundoff u is the accumulator's. */
-static int is_near(double have, long double sum, long double total, size_t terms, double scale,
-                   double bias, qk_dtype dtype, double u)
+int is_near(double have, long double sum, long double total, size_t terms, double scale,
+            double bias, qk_dtype dtype, double u)
 {
     long double exact = sum * scale + bias;
     long double spread = fabsl((long double)scale) * total;
@@ -107,14 +102,20 @@ static void check_strip(const region *y, const qk_linear *linear, size_t first, 
         }
 }
 
-/* Just the memory that a strip asks for, in whole cache lines, before a page that faults or after
+/* Just the memory that a strip asks for, of NaNs, in whole cache lines, before a page that faults or after
  * one, where that is aligned. */
-static void place_scratch(qk_linear_strip *strip, size_t bytes)
+void place_scratch(qk_linear_strip *strip, size_t bytes)
 {
     do
         strip->scratch = place(&scratch_region, (bytes + QK_SCRATCH_ALIGN - 1) / QK_SCRATCH_ALIGN *
                                                     QK_SCRATCH_ALIGN);
     while ((uintptr_t)strip->scratch % QK_SCRATCH_ALIGN != 0);
+    memset(strip->scratch, 0xFF, bytes); /* NaNs */
+}
+
+void expect_scratch(void)
+{
+    expect_guards(&scratch_region);
 }
 
 static void run_forward(const qk_kernels *kernels, void *y, const void *x, qk_linear_strip *strip)
@@ -219,7 +220,7 @@ static void check_backward_case(qk_dtype grad_y, const sizes *size)
 }
 
 /* Each length in turn as the inner size, the others small and random, 0 included. */
-static void check_sizes(qk_dtype dtype, void (*check)(qk_dtype, const sizes *), int inner_is_out)
+void check_sizes(qk_dtype dtype, void (*check)(qk_dtype, const sizes *), int inner_is_out)
 {
     for (size_t i = 0; i < AWKWARD_LENGTHS + 4; i++) {
         size_t inner = i < 4 ? 0 : awkward_length(i - 4), outer = random_below(20);

@@ -83,6 +83,7 @@ int apply_flaw(qk_kernels *table, const char *name);
 void check_quantize(void); /* range, magnitude, encode, decode */
 void check_pack(void);     /* pack_*, unpack_* */
 void check_linear(void);   /* linear, linear_backward */
+void check_packed(void);   /* linear_packed, linear_packed_backward */
 void check_calls(void);    /* qk.h: the same bits for every thread count */
 
 #endif

@@ -31,6 +31,7 @@ static int check_isa(const char *name)
     check_quantize();
     check_pack();
     check_linear();
+    check_packed();
     check_calls();
     return report(name);
 }
