@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quantization.granularity import Granularity
 from quantization.packed_module import pack_as
 from quantization.packed_weights import PackedWeights
 from quantization.parameters import Mode
@@ -46,6 +47,9 @@ def _exactly(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
     is_plain = scheme.grid == "integer" and scheme.mode is Mode.Symmetric
     if not is_plain or scheme.double_quant or scheme.scale_dtype not in (None, packed.dtype):
         return None
+    spans = scheme.granularity, packed.scheme.granularity
+    if spans[0] is Granularity.PerTensor and spans[0] != spans[1]:
+        return None  # rows have scales of their own
     cols = packed.shape[1]
     old, new = packed.scheme.group(cols), scheme.group(cols)
     if packed.scheme.groups(cols) > 1 and old % new:  # a new group with two old scales

@@ -575,6 +575,8 @@ def test_to_int8_refuses_what_would_not_be_exact(scheme: str, message: str) -> N
         ("ternary", "w2"),
         ("ternaryg16", "w4g8"),
         ("binary", "w3"),
+        ("w4t", "w5t"),
+        ("w4t", "w5g8"),
     ],
 )
 def test_wider_codes_hold_the_same_weight(scheme: str, wider: str) -> None:
@@ -584,7 +586,9 @@ def test_wider_codes_hold_the_same_weight(scheme: str, wider: str) -> None:
     assert torch.equal(new.bias, layer.bias)
 
 
-@pytest.mark.parametrize("other", ["w3", "w4g16", "w4g9a", "w8g32", "nf4g16", "mxfp4", "w8g16+dq"])
+@pytest.mark.parametrize(
+    "other", ["w3", "w4g16", "w4g9a", "w8g32", "nf4g16", "mxfp4", "w8g16+dq", "w8t"]
+)
 def test_narrower_codes_are_quantized_anew(other: str) -> None:
     layer = packed("w4g16a")
     new = layer.to_scheme(other)
