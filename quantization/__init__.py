@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from quantization.experts import UnfusedExperts, unfuse_experts
     from quantization.linear import LinearKernel, linear_kernel, quantized_forward
     from quantization.linear_layer import (
         QWQALinearLayer,
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
         per_dim_scale_and_zero_for,
         quantize_linear,
     )
+    from quantization.model_quantizer import dequantize_model, quantize_model
+    from quantization.packed_embedding import PackedEmbedding
+    from quantization.packed_layer import PackedLinearLayer
     from quantization.packed_weights import PackedWeights, pack_matrix
     from quantization.replacement import (
         ReplacementReport,
@@ -59,6 +63,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "experts": ("UnfusedExperts", "unfuse_experts"),
     "linear": ("LinearKernel", "linear_kernel", "quantized_forward"),
     "linear_layer": ("QWQALinearLayer", "name_for_quantized_weight_buffer"),
     "linear_quantizer": (
@@ -74,6 +79,9 @@ _HOMES = {
         "per_dim_scale_and_zero_for",
         "quantize_linear",
     ),
+    "model_quantizer": ("dequantize_model", "quantize_model"),
+    "packed_embedding": ("PackedEmbedding",),
+    "packed_layer": ("PackedLinearLayer",),
     "packed_weights": ("PackedWeights", "pack_matrix"),
     "replacement": (
         "ReplacementReport",
@@ -100,6 +108,8 @@ __all__ = [
     "Granularity",
     "LinearKernel",
     "Mode",
+    "PackedEmbedding",
+    "PackedLinearLayer",
     "PackedWeights",
     "Packing",
     "QWQALinearLayer",
@@ -107,10 +117,12 @@ __all__ = [
     "ReplacementReport",
     "Scheme",
     "Target",
+    "UnfusedExperts",
     "__version__",
     "active_isa",
     "bit_shifts",
     "dequantize_linear",
+    "dequantize_model",
     "get_dtype_size_in_bits",
     "get_info",
     "get_max_bits_needed",
@@ -124,11 +136,13 @@ __all__ = [
     "pack_weights",
     "per_dim_scale_and_zero_for",
     "quantize_linear",
+    "quantize_model",
     "quantized_forward",
     "replace_linear_layers_with_w8a16",
     "set_isa",
     "set_num_threads",
     "target_class_from",
+    "unfuse_experts",
     "unpack_weights",
 ]
 

@@ -1,13 +1,15 @@
-"""One float layer into one of the target class, with all that a user hung on it."""
+"""One layer into another, with all that a user hung on it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
-from quantization.module_walker import float_parts
+from quantization.module_walker import float_parts, is_conv1d
+from quantization.quantized_module import QuantizedModule
 from quantization.target import accepted
 
 _HOOKS = (
@@ -19,40 +21,63 @@ _HOOKS = (
     "_backward_hooks",
     "_backward_pre_hooks",
 )
-_NOT_CARRIED = {*nn.Linear(1, 1, device="meta").__dict__, "_compiled_call_impl"}
+_NOT_CARRIED = {
+    *nn.Linear(1, 1, device="meta").__dict__,
+    *nn.Embedding(1, 1, device="meta").__dict__,
+    "_compiled_call_impl",
+}
+
+#: Builds a new layer out of (the old one, the name of its weight), and leaves the old one alone.
+Maker = Callable[[nn.Module, str], nn.Module]
 
 
-def convert(
-    old: nn.Module, name: str, cls: type[nn.Module], quantize: bool, nonfinite: str
-) -> nn.Module:
-    """The layer of class ``cls`` that comes in the place of ``old``, which is left as it is.
+def convert(old: nn.Module, name: str, make: Maker) -> nn.Module:
+    """The layer that comes in the place of ``old``, with all that a user hung on that.
 
     Args:
-        old: a layer that :func:`quantization.module_walker.why_left` has nothing against.
+        old: a layer; it is left as it is.
         name: its dotted name, for messages.
-        cls: what :class:`quantization.target.Target.Linear` takes.
-        quantize: False: a fresh layer of the same structure, with the bias of ``old``.
-        nonfinite: passed on to ``cls``, if it knows the option.
+        make: builds the new one.
 
     Raises:
-        ValueError: for a NaN or infinity in the weight; whatever ``cls`` raises, with a note.
+        Exception: whatever ``make`` raises, with a note.
 
     Example:
         >>> from quantization import QWQALinearLayer
-        >>> convert(nn.Linear(2, 3), "0", QWQALinearLayer, True, "raise").int8_weights.shape
+        >>> make = layer_maker(QWQALinearLayer, quantize=True, nonfinite="raise")
+        >>> convert(nn.Linear(2, 3), "0", make).int8_weights.shape
         torch.Size([3, 2])
     """
-    options = {"nonfinite": nonfinite, "name": f"{name}.weight" if name else "weight"}
     try:
-        if quantize and hasattr(cls, "from_float"):
-            new = cls.from_float(old, **accepted(cls.from_float, **options))
-        else:
-            new = _construct(old, cls, quantize, options)
+        new = make(old, f"{name}.weight" if name else "weight")
     except BaseException as error:
         error.add_note(f"while replacing {name or 'the model'}; the model was not changed")
         raise
     _carry_over(old, new)
     return new
+
+
+def layer_maker(cls: type[nn.Module], quantize: bool, nonfinite: str) -> Maker:
+    """What builds layers of class ``cls``.
+
+    Args:
+        cls: what :class:`quantization.target.Target.Linear` takes.
+        quantize: False: a fresh layer of the same structure, with the bias of the old one.
+        nonfinite: passed on to ``cls``, if it knows the option.
+
+    Example:
+        >>> from quantization import QWQALinearLayer
+        >>> layer_maker(QWQALinearLayer, True, "raise")(nn.Linear(2, 3), "weight").in_features
+        2
+    """
+
+    def make(old: nn.Module, name: str) -> nn.Module:
+        options = {"nonfinite": nonfinite, "name": name}
+        if quantize and hasattr(cls, "from_float"):
+            return cls.from_float(old, **accepted(cls.from_float, **options))
+        return _construct(old, cls, quantize, options)
+
+    return make
 
 
 def _construct(
@@ -89,7 +114,8 @@ def _carry_over(old: nn.Module, new: nn.Module) -> None:
     if old._is_full_backward_hook is not None:
         new._is_full_backward_hook = old._is_full_backward_hook
     for name, value in old.__dict__.items():
-        if name not in _NOT_CARRIED and not hasattr(type(new), name):
+        is_own = isinstance(old, QuantizedModule) and name in type(old).OWN_ATTRIBUTES
+        if not (name in _NOT_CARRIED or is_own or hasattr(type(new), name)):
             new.__dict__.setdefault(name, value)
 
 
@@ -98,24 +124,42 @@ def memory_of(tensor: torch.Tensor) -> tuple[int, int, int]:
     return tensor.untyped_storage()._cdata, tensor.storage_offset(), tensor.numel()
 
 
-def share_codes(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
-    """Let new layers of one float weight hold the same tensors, as the old ones did.
+def weight_of(layer: nn.Module) -> torch.Tensor | None:
+    """The tensor in memory that holds a layer's weight, if one does: itself, or its codes.
+
+    Example:
+        >>> from quantization import QWQALinearLayer
+        >>> weight_of(QWQALinearLayer(2, 3)).dtype
+        torch.int8
+    """
+    if isinstance(layer, QuantizedModule):
+        return layer._buffers[layer._weight_names()[0]]
+    return getattr(layer, "weight", None)
+
+
+def share_weights(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
+    """Let new layers of one weight hold the same tensors, as the old ones did.
 
     Args:
         pairs: (old layer, new layer).
     """
     firsts: dict[tuple, nn.Module] = {}
     for old, new in pairs:
-        key = (*memory_of(old.weight), old.weight.shape, old.weight.stride(), type(old))
+        weight = weight_of(old)
+        if weight is None:
+            continue
+        key = (*memory_of(weight), weight.shape, weight.stride(), is_conv1d(old))
         first = firsts.setdefault(key, new)
         if first is new:
             continue
-        for name, tensor in first._buffers.items():
-            if name != "bias" and _same_numbers(tensor, new._buffers.get(name)):
-                new._buffers[name] = tensor
+        for group in ("_buffers", "_parameters"):
+            theirs, own = getattr(first, group), getattr(new, group)
+            for name, tensor in theirs.items():
+                if name != "bias" and _same_numbers(tensor, own.get(name)):
+                    own[name] = tensor
 
 
 def _same_numbers(a: Any, b: Any) -> bool:
     if a is None or b is None or a.shape != b.shape or a.dtype != b.dtype or a.device != b.device:
         return False
-    return a.is_meta or torch.equal(a, b)
+    return a is b or a.is_meta or torch.equal(a, b)

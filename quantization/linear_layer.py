@@ -8,18 +8,23 @@ importable from here too.
 from __future__ import annotations
 
 import logging
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import nn
 
 from quantization import _torch_ops
-from quantization.dtypes import index_of, name_of, source_of, target_of
+from quantization.dtypes import name_of, target_of
 from quantization.linear import LinearKernel, linear_kernel, quantized_forward
 from quantization.linear_quantizer import Granularity, quantize_linear
-from quantization.module_walker import float_parts, is_conv1d
+from quantization.module_walker import float_parts
+from quantization.quantized_module import QuantizedLinear, check_weight
 from quantization.replacement import replace_linear_layers_with_w8a16
 from quantization.target import Target, accepted, target_class_from
+
+if TYPE_CHECKING:
+    from quantization.packed_layer import PackedLinearLayer
+    from quantization.scheme import Scheme
 
 __all__ = [
     "QWQALinearLayer",
@@ -46,13 +51,9 @@ def name_for_quantized_weight_buffer(dtype: Any) -> str:
 
 _log = logging.getLogger(__name__)
 _CODES = name_for_quantized_weight_buffer("int8")
-_READ_ONLY = (
-    "the weight of a quantized layer is computed from its int8 codes and cannot be assigned; "
-    "call layer.quantize(weights) to give it other numbers"
-)
 
 
-class QWQALinearLayer(nn.Linear):
+class QWQALinearLayer(QuantizedLinear):
     """A linear layer that keeps its weight as int8 codes with one scale a row.
 
     A subclass of nn.Linear, so that libraries see one, but with buffers only and no Parameters:
@@ -96,34 +97,13 @@ per row, 768 bytes)
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | int | None = None,
     ) -> None:
-        source_of(dtype, "a quantized layer")
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if index_of(value, name) < 0:
-                raise ValueError(f"{name} is {value}; it must be 0 or more")
-        nn.Module.__init__(self)
-        self.in_features = in_features
-        self.out_features = out_features
+        self._begin(in_features, out_features, dtype)
         shape = (out_features, in_features)
         self.register_buffer(_CODES, torch.empty(shape, dtype=torch.int8, device=device))
         self.register_buffer("scales", torch.empty(out_features, dtype=dtype, device=device))
         offsets = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", offsets)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw a weight and a bias as nn.Linear does, and quantize; on meta, do nothing."""
-        if self.scales.is_meta:
-            return
-        fresh = nn.Linear(
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device=self.scales.device,
-            dtype=self.scales.dtype,
-        )
-        QWQALinearLayer.quantize(self, fresh.weight.detach())
-        if self.bias is not None:
-            self.bias.detach().copy_(fresh.bias.detach())
 
     @classmethod
     def from_float(
@@ -165,10 +145,8 @@ per row, 768 bytes)
             arguments["device"] = "meta"
         layer = cls(**arguments)
         layer.quantize(weight, **accepted(layer.quantize, nonfinite=nonfinite, name=name))
-        layer.bias = bias
-        if is_conv1d(linear):
-            layer.nf = linear.nf  # a mark for _take_float_weight
-        return layer.train(linear.training)
+        layer._dress(linear, bias)
+        return layer
 
     def quantize(
         self, weights: torch.Tensor, *, nonfinite: str = "raise", name: str = "weights"
@@ -199,14 +177,10 @@ per row, 768 bytes)
             (tensor([[127, -50],
                     [  0,   0]], dtype=torch.int8), tensor([0.0100, 1.0000]))
         """
-        dtype = self.scales.dtype
-        codes, scales = _quantize_rows(weights, dtype, nonfinite, name)
-        self.bias = _bias_beside(scales, self.bias)
-        self.int8_weights, self.scales = codes, scales
-        self.out_features, self.in_features = codes.shape
-        if _log.isEnabledFor(logging.DEBUG) and codes.numel():
+        self._take(self._buffers_of(weights, self.dtype, nonfinite, name), tuple(weights.shape))
+        if _log.isEnabledFor(logging.DEBUG) and self.int8_weights.numel():
             for tokens in (1, 128):
-                _log.debug("%s [%d, %d]: %s", name, *codes.shape, self.kernel(tokens))
+                _log.debug("%s [%d, %d]: %s", name, *self._weight_shape(), self.kernel(tokens))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """``input @ weight.T + bias`` in one native call, without making the float weight.
@@ -225,6 +199,11 @@ per row, 768 bytes)
         return _torch_ops.linear(input, buffers[_CODES], buffers["scales"], bias)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of scales, bias and weight."""
+        return self._buffers["scales"].dtype
+
+    @QuantizedLinear.weight.getter
     def weight(self) -> torch.Tensor:
         """The weight that the codes stand for, computed anew at each reading: int8 * scale.
 
@@ -240,19 +219,27 @@ per row, 768 bytes)
         scales = buffers["scales"]
         return buffers[_CODES].to(scales.dtype) * scales.unsqueeze(1)
 
-    @weight.setter
-    def weight(self, value: Any) -> None:
-        raise AttributeError(_READ_ONLY)
+    def to_scheme(self, scheme: Scheme | str) -> PackedLinearLayer:
+        """The packed layer of another scheme; this one is left as it is.
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """As in nn.Module, but a weight is refused.
+        Exact for schemes of symmetric codes of 8 bits, such as ``Scheme.int8()``, in groups too.
+        Otherwise the numbers that the codes stand for are quantized anew, which adds an error to
+        that which they have: from the float layer is better, where there is one.
+
+        Args:
+            scheme: a :class:`quantization.Scheme`, or its short name.
 
         Raises:
-            AttributeError: for the name ``weight``.
+            TypeError, ValueError: if it is neither.
+
+        Example:
+            >>> layer = QWQALinearLayer(64, 32)
+            >>> bool((layer.to_scheme("int8").weight == layer.weight).all())
+            True
         """
-        if name == "weight":
-            raise AttributeError(_READ_ONLY)
-        super().register_parameter(name, param)
+        from quantization.packed_layer import packed_from_int8  # which turns into this class too
+
+        return packed_from_int8(self, scheme)
 
     def kernel(self, tokens: int = 1, dtype: torch.dtype | None = None) -> LinearKernel:
         """What :meth:`forward` would run for so many rows of activations, on this CPU, now.
@@ -272,17 +259,6 @@ per row, 768 bytes)
         dtype = self.scales.dtype if dtype is None else dtype
         return linear_kernel(tokens, self.out_features, self.in_features, dtype)
 
-    @property
-    def footprint(self) -> int:
-        """Bytes that codes, scales and bias take.
-
-        Example:
-            >>> QWQALinearLayer(16, 32, bias=False).footprint  # 16 * 32 codes, 32 scales of 4 bytes
-            640
-        """
-        tensors = (self.int8_weights, self.scales, self.bias)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
-
     def extra_repr(self) -> str:
         """Sizes, dtype and bytes, for printing."""
         return (
@@ -291,104 +267,21 @@ per row, 768 bytes)
             f"weights=int8 per row, {self.footprint:,} bytes"
         )
 
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-    ) -> None:
-        """As nn.Module does, but a float ``weight`` is quantized, and no type is ever cast to int.
+    def _weight_names(self) -> tuple[str, ...]:
+        return _CODES, "scales"
 
-        A checkpoint that does not fit adds to ``error_msgs`` and leaves this layer as it was.
-        """
-        own = {
-            key: value.detach() if isinstance(value, torch.Tensor) else value
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
-        try:
-            self._take_float_weight(own, prefix, local_metadata.get("assign_to_params_buffers"))
-            self._check_incoming(own, prefix)
-        except (TypeError, ValueError) as error:
-            error_msgs.append(str(error))
-            return
-        super()._load_from_state_dict(
-            own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
-        )
-
-    def _take_float_weight(self, own: dict[str, Any], prefix: str, assign: bool | None) -> None:
-        """Put codes and scales in the place of a float weight among the layer's own entries.
-
-        A layer that came from a Conv1D has its attribute ``nf``, and finds the weight turned.
-        """
-        key, codes_key, scales_key = (prefix + end for end in ("weight", _CODES, "scales"))
-        if key not in own:
-            return
-        if codes_key in own or scales_key in own:
-            raise ValueError(f"{key} is there beside {codes_key} or {scales_key}: keep one of them")
-        weight = own.pop(key)
-        is_turned, shape = "nf" in self.__dict__, tuple(self.int8_weights.shape)
-        _check_tensor(weight, key, shape[::-1] if is_turned else shape, is_float=True)
-        weight = weight.t() if is_turned else weight
-        dtype = weight.dtype if assign else self.scales.dtype
-        own[codes_key], own[scales_key] = _quantize_rows(weight, dtype, "raise", key)
-
-    def _check_incoming(self, own: dict[str, Any], prefix: str) -> None:
-        """Shapes and kinds of number of the layer's own entries, before any is copied."""
-        codes_key, scales_key, bias_key = (prefix + end for end in (_CODES, "scales", "bias"))
-        if (codes_key in own) != (scales_key in own):
-            here, lost = (codes_key, scales_key) if codes_key in own else (scales_key, codes_key)
-            raise ValueError(f"{here} is there without {lost}: codes mean nothing without scales")
-        if codes_key in own:
-            shape = tuple(self.int8_weights.shape)
-            _check_tensor(own[codes_key], codes_key, shape, is_float=False)
-            _check_tensor(own[scales_key], scales_key, shape[:1], is_float=True)
-        if bias_key in own and self.bias is not None:
-            _check_tensor(own[bias_key], bias_key, (self.out_features,), is_float=True)
-
-
-def _quantize_rows(
-    weights: Any, dtype: torch.dtype, nonfinite: str, name: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [out, in] and scales [out] of the layer's dtype."""
-    if not isinstance(weights, torch.Tensor):
-        raise TypeError(f"{name} is a {type(weights).__name__}; expected a float torch.Tensor")
-    if weights.ndim != 2:
-        raise ValueError(
-            f"{name} has shape {tuple(weights.shape)}; expected [out_features, in_features]"
-        )
-    with torch.inference_mode(False), torch.no_grad():
-        codes, params = quantize_linear(
-            weights.detach(),
-            torch.int8,
-            Granularity.PerDimension(1),
-            scale_dtype=dtype,
-            nonfinite=nonfinite,
-            name=name,
-        )
-        return codes, params.scale.reshape(-1).to(dtype)
-
-
-def _bias_beside(scales: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """The bias on the device of the scales; zeros if it has another length, or no numbers."""
-    if bias is None or (bias.shape == scales.shape and bias.device == scales.device):
-        return bias
-    if bias.shape == scales.shape and not bias.is_meta:
-        moved = bias.detach().to(scales.device)
-    else:
-        moved = torch.zeros_like(scales, dtype=bias.dtype)
-    return nn.Parameter(moved) if isinstance(bias, nn.Parameter) else moved
-
-
-def _check_tensor(value: Any, key: str, shape: tuple[int, ...], *, is_float: bool) -> None:
-    if not isinstance(value, torch.Tensor):
-        raise TypeError(f"{key} is a {type(value).__name__}; expected a torch.Tensor")
-    if tuple(value.shape) != shape:
-        raise ValueError(
-            f"size mismatch for {key}: the checkpoint has shape {tuple(value.shape)}, "
-            f"this layer {shape}"
-        )
-    if is_float:
-        source_of(value.dtype, key)
-    elif value.dtype is not torch.int8:
-        raise TypeError(
-            f"{key} has dtype {name_of(value.dtype)}; codes are int8. A float weight belongs under "
-            f"the key {key.removesuffix(_CODES)}weight, and is then quantized"
-        )
+    def _buffers_of(
+        self, weights: Any, dtype: torch.dtype, nonfinite: str, name: str
+    ) -> dict[str, torch.Tensor | None]:
+        """Codes [out, in] and scales [out] of that dtype."""
+        weights = check_weight(weights, name)
+        with torch.inference_mode(False), torch.no_grad():
+            codes, params = quantize_linear(
+                weights,
+                torch.int8,
+                Granularity.PerDimension(1),
+                scale_dtype=dtype,
+                nonfinite=nonfinite,
+                name=name,
+            )
+            return {_CODES: codes, "scales": params.scale.reshape(-1).to(dtype)}

@@ -101,12 +101,27 @@ def match_patterns(sites: list[Site], patterns: Pattern | Iterable[Pattern]) -> 
         patterns = [patterns]
     own: dict[int, str] = {}
     for pattern in patterns:
-        test = _compile(pattern)
-        matched = [id(site.module) for site in sites if test(site)]
-        if not matched:
-            raise ValueError(_no_match(pattern, sites))
-        own |= dict.fromkeys(matched, _text(pattern))
+        own |= dict.fromkeys(matching(sites, pattern), pattern_text(pattern))
     return inherit(sites, own)
+
+
+def matching(sites: list[Site], pattern: Pattern) -> list[int]:
+    """Ids of the modules that one pattern names itself, whatever these hold.
+
+    Raises:
+        TypeError: for a pattern of another kind.
+        ValueError: for a pattern that matches no module of the model, with the nearest names.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
+        >>> len(matching(list(walk(model)), nn.Linear))
+        2
+    """
+    test = _compile(pattern)
+    matched = [id(site.module) for site in sites if test(site)]
+    if not matched:
+        raise ValueError(_no_match(pattern, sites))
+    return matched
 
 
 def _compile(pattern: Any) -> Callable[[Site], bool]:
@@ -117,7 +132,7 @@ def _compile(pattern: Any) -> Callable[[Site], bool]:
     if callable(pattern) and not isinstance(pattern, type | nn.Module):
         return lambda site: bool(pattern(site.name, site.module))
     raise TypeError(
-        f"cannot exclude by {pattern!r}; a pattern is a child name, a dotted name, a glob, "
+        f"cannot choose modules by {pattern!r}; a pattern is a child name, a dotted name, a glob, "
         "'re:<regular expression>', a module type or a predicate(name, module)"
     )
 
@@ -137,7 +152,13 @@ def _compile_text(pattern: str) -> Callable[[Site], bool]:
     return lambda site: site.parent is not None and pattern in (site.name, site.key)
 
 
-def _text(pattern: Pattern) -> str:
+def pattern_text(pattern: Pattern) -> str:
+    """A pattern for reading.
+
+    Example:
+        >>> pattern_text("lm_head"), pattern_text(nn.Linear)
+        ("'lm_head'", 'Linear')
+    """
     if isinstance(pattern, str):
         return repr(pattern)
     return getattr(pattern, "__qualname__", None) or repr(pattern)
@@ -153,8 +174,9 @@ def _no_match(pattern: Pattern, sites: list[Site]) -> str:
     short = [name for name in names if len(name) <= 200]
     near = difflib.get_close_matches(wanted, short, n=3, cutoff=0.5) or short[:3]
     return (
-        f"the pattern {_text(pattern)} matches no module of the model, so nothing was changed; "
-        f"the nearest names are {', '.join(map(repr, near)) or 'none: the model has no children'}"
+        f"the pattern {pattern_text(pattern)} matches no module of the model, so nothing was "
+        "changed; the nearest names are "
+        f"{', '.join(map(repr, near)) or 'none: the model has no children'}"
     )
 
 
@@ -246,9 +268,13 @@ def _why_class(module: Any) -> str | None:
     return f"{kind} is not nn.Linear"
 
 
+def _tensors_of(module: nn.Module) -> tuple[str, ...]:
+    return ("weight",) if isinstance(module, nn.Embedding) else ("weight", "bias")
+
+
 def _why_rewritten(module: nn.Module) -> str | None:
     """Whether something writes the weight before each call, or stands in for forward."""
-    for name in ("weight", "bias"):
+    for name in _tensors_of(module):
         if name in module._parameters:
             continue
         if f"{name}_mask" in module._buffers:
@@ -281,7 +307,7 @@ def _why_extras(module: nn.Module) -> str | None:
 
 
 def _why_weight(module: nn.Module) -> str | None:
-    for name in ("weight", "bias"):
+    for name in _tensors_of(module):
         value = module._parameters[name]
         if value is None:
             if name == "weight":
@@ -292,15 +318,57 @@ def _why_weight(module: nn.Module) -> str | None:
         if value.dtype not in _FLOATS or value.layout is not torch.strided:
             allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
             return f"its {name} is {value.dtype} ({value.layout}); dense {allowed} can be converted"
-    weight, bias = module.weight, module.bias
+    weight, bias = module.weight, getattr(module, "bias", None)
     if weight.ndim != 2:
         return f"its weight has shape {tuple(weight.shape)}, not two dimensions"
+    if isinstance(module, nn.Embedding):
+        return None
     out_features = module.nf if is_conv1d(module) else module.out_features
     if weight.shape[1 if is_conv1d(module) else 0] != out_features:
         return f"its weight has shape {tuple(weight.shape)}, but it has {out_features} outputs"
     if bias is not None and tuple(bias.shape) != (out_features,):
         return f"its bias has shape {tuple(bias.shape)}, expected ({out_features},)"
     return None
+
+
+# ---- embeddings ------------------------------------------------------------------------------
+
+
+def embedding_table(embedding: nn.Module) -> torch.Tensor:
+    """The weight [num_embeddings, embedding_dim] of an embedding, detached, not copied.
+
+    Raises:
+        TypeError: if it is no embedding that can be converted; the message says why.
+
+    Example:
+        >>> embedding_table(nn.Embedding(5, 2)).shape
+        torch.Size([5, 2])
+    """
+    reason = why_embedding_left(embedding)
+    if reason is not None:
+        raise TypeError(f"{type(embedding).__name__} cannot be converted: {reason}")
+    return embedding.weight.detach()
+
+
+def why_embedding_left(module: Any) -> str | None:
+    """Why an embedding cannot be converted, in words; else None.
+
+    Example:
+        >>> why_embedding_left(nn.Embedding(5, 2))
+        >>> why_embedding_left(nn.Embedding(5, 2, max_norm=1.0))
+        'max_norm: its calls shrink rows of the weight'
+    """
+    kind = f"{type(module).__module__}.{type(module).__qualname__}"
+    if not isinstance(module, nn.Embedding):
+        return f"{kind} is not nn.Embedding"
+    if parametrize.is_parametrized(module):
+        return _why_class(module)
+    if type(module) is not nn.Embedding:
+        return f"{kind} is a subclass of nn.Embedding: its forward may do more than a look-up"
+    if module.max_norm is not None:
+        return "max_norm: its calls shrink rows of the weight"
+    reasons = (reason(module) for reason in (_why_rewritten, _why_extras, _why_weight))
+    return next(filter(None, reasons), None)
 
 
 def adapters(sites: list[Site]) -> dict[int, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import overload
 
 from torch import nn
@@ -24,20 +25,25 @@ class Candidate:
             (by a pattern) or ``"left"``.
         reason: why it was not replaced; for a replaced one empty, or what is worth knowing.
         kind: the class it had, by name.
-        shape: (out_features, in_features), or None where there is no weight yet.
+        shape: (out_features, in_features), or None where there is no weight yet; all dimensions of
+            a bare Parameter.
         bytes_before: of its weight and bias.
         bytes_after: of all tensors of what stands there now.
         aliases: further names of the same module.
+        scheme: of its codes, where it has one to tell; else empty.
+        bits_per_weight: of what stands there now, scales included; None for a float layer.
     """
 
     name: str
     status: str
     reason: str
     kind: str
-    shape: tuple[int, int] | None
+    shape: tuple[int, ...] | None
     bytes_before: int
     bytes_after: int
     aliases: tuple[str, ...] = ()
+    scheme: str = ""
+    bits_per_weight: float | None = None
 
     @property
     def replaced(self) -> bool:
@@ -47,7 +53,7 @@ class Candidate:
     @property
     def weights(self) -> int:
         """How many numbers its weight has."""
-        return 0 if self.shape is None else self.shape[0] * self.shape[1]
+        return 0 if self.shape is None else prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,8 @@ class ReplacementReport(Sequence[Candidate]):
         model_bytes_after: the same, afterwards.
         coverage: share of the model's parameters that are weights of the target class, 0..1.
         quantized: False where only the structure was built (``quantize=False``).
+        caller: the function that did it, where ``target`` does not tell.
+        noun: what the candidates are.
 
     Example:
         >>> from quantization import QWQALinearLayer, Target, replace_linear_layers_with_w8a16
@@ -107,6 +115,16 @@ class ReplacementReport(Sequence[Candidate]):
     model_bytes_after: int
     coverage: float
     quantized: bool = True
+    caller: str = ""
+    noun: str = "linear layers"
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Of the weights that are quantized now, scales and all included; 0 if there are none."""
+        held = [c for c in self.candidates if c.bits_per_weight is not None]
+        weights = sum(candidate.weights for candidate in held)
+        bits = sum((candidate.bits_per_weight or 0) * candidate.weights for candidate in held)
+        return bits / weights if weights else 0.0
 
     @property
     def replaced(self) -> list[Candidate]:
@@ -153,25 +171,28 @@ class ReplacementReport(Sequence[Candidate]):
         for candidate in self.candidates:
             if key == candidate.name or key in candidate.aliases:
                 return candidate
-        raise KeyError(f"{key!r} is no linear layer of the model")
+        raise KeyError(f"{key!r} is no {self.noun.removesuffix('s')} of the model")
 
     def __repr__(self) -> str:
         return "\n".join([self._headline(), *_table(self.candidates), *self._totals()])
 
     def _headline(self) -> str:
         what = "replaced" if self.quantized else "replaced (structure only, weights not quantized)"
-        counts = [f"{len(self.replaced)} of {len(self)} linear layers {what}"]
-        counts += [f"{len(self.already)} already {self.target.__name__}"] if self.already else []
+        kind = "quantized" if self.caller else self.target.__name__
+        counts = [f"{len(self.replaced)} of {len(self)} {self.noun} {what}"]
+        counts += [f"{len(self.already)} already {kind}"] if self.already else []
         counts += [f"{len(self.excluded)} excluded"] if self.excluded else []
         counts += [f"{len(self.left)} left"] if self.left else []
-        return f"ReplacementReport by {self.target.__name__}: {', '.join(counts)}"
+        return f"ReplacementReport by {self.caller or self.target.__name__}: {', '.join(counts)}"
 
     def _totals(self) -> list[str]:
         ratio = f" ({self.bytes_after / self.bytes_before:.3f}x)" if self.bytes_before else ""
+        kind = "quantized weights" if self.caller else f"weights of {self.target.__name__}"
         lines = [
             f"replaced layers: {size(self.bytes_before)} -> {size(self.bytes_after)}{ratio}",
             f"whole model: {size(self.model_bytes_before)} -> {size(self.model_bytes_after)}; "
-            f"{self.coverage:.1%} of its parameters are weights of {self.target.__name__}",
+            f"{self.coverage:.1%} of its parameters are {kind}"
+            + (f", {self.bits_per_weight:.2f} bits each" if self.caller and self.coverage else ""),
         ]
         if self.float_tensors:
             biggest = ", ".join(
@@ -204,14 +225,16 @@ def _table(candidates: Sequence[Candidate]) -> list[str]:
     families: dict[tuple, list[Candidate]] = {}
     for candidate in candidates:
         families.setdefault(_family(candidate, len(candidates)), []).append(candidate)
-    rows = [("layer", "out x in", "before", "after", "what")] if families else []
-    rows += [_row(members) for members in families.values()]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)] if rows else []
+    head = ("layer", "scheme", "bits", "out x in", "before", "after", "what")
+    rows = [head, *map(_row, families.values())] if families else []
+    if not any(candidate.scheme for candidate in candidates):
+        rows = [(row[0], *row[3:]) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  "
         + f"{row[0]:<{widths[0]}}  "
-        + "  ".join(f"{row[column]:>{widths[column]}}" for column in (1, 2, 3))
-        + f"  {row[4]}"
+        + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:-1], widths[1:], strict=False))
+        + f"  {row[-1]}"
         for row in rows
     ]
 
@@ -220,21 +243,22 @@ def _family(candidate: Candidate, count: int) -> tuple:
     """What joins candidates in one row; names are unique, so in a short table nothing does."""
     many = count > _LONGEST_TABLE
     name = re.sub(r"(?<![^.])\d+(?![^.])", "*", candidate.name) if many else candidate.name
-    return name, candidate.status, candidate.reason, candidate.shape
+    return name, candidate.status, candidate.reason, candidate.shape, candidate.scheme
 
 
-def _row(members: list[Candidate]) -> tuple[str, str, str, str, str]:
+def _row(members: list[Candidate]) -> tuple[str, ...]:
     first = members[0]
     name = first.name or "(the model)"
     if len(members) > 1:
         name = f"{_family(first, _LONGEST_TABLE + 1)[0]} ({len(members)} layers)"
     elif first.aliases:
         name += f" (also {', '.join(first.aliases[:2])}{', ...' * (len(first.aliases) > 2)})"
-    shape = "?" if first.shape is None else f"{first.shape[0]} x {first.shape[1]}"
+    shape = "?" if first.shape is None else " x ".join(map(str, first.shape))
+    bits = "" if first.bits_per_weight is None else f"{first.bits_per_weight:.2f}"
     before = size(sum(member.bytes_before for member in members))
     after = size(sum(member.bytes_after for member in members))
     what = f"{first.status}: {first.reason}" if first.reason else first.status
-    return _short(name), shape, before, after, what
+    return _short(name), first.scheme, bits, shape, before, after, what
 
 
 def _short(name: str) -> str:

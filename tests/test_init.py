@@ -24,6 +24,16 @@ sys.meta_path.insert(0, Block())
 """
 
 
+NEED_TORCH = {
+    "experts",
+    "linear_layer",
+    "model_quantizer",
+    "packed_embedding",
+    "packed_layer",
+    "replacement",
+}
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run ``code`` in a fresh interpreter."""
     return subprocess.run(
@@ -85,7 +95,7 @@ def test_public_names_load(name: str) -> None:
     home = f"quantization.{quantization._HOME_OF[name]}"
     if importlib.util.find_spec(home) is None:
         pytest.fail(f"{home} is missing")
-    if quantization._HOME_OF[name] in {"linear_layer", "replacement"}:
+    if quantization._HOME_OF[name] in NEED_TORCH:
         pytest.importorskip("torch")
     assert getattr(quantization, name) is getattr(sys.modules[home], name)
     assert name in vars(quantization)

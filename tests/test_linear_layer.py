@@ -501,6 +501,30 @@ def test_weight_cannot_be_assigned() -> None:
     assert "weight" not in layer.state_dict()
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("bias", [True, False])
+def test_back_to_float(dtype: torch.dtype, bias: bool) -> None:
+    layer = QWQALinearLayer.from_float(float_linear(dtype=dtype, bias=bias)).eval()
+    linear = layer.dequantize()
+    assert type(linear) is nn.Linear and not linear.training
+    assert all(isinstance(p, nn.Parameter) and p.requires_grad for p in linear.parameters())
+    assert torch.equal(linear.weight, layer.weight) and linear.weight.dtype == dtype
+    assert (linear.bias is not None) == bias
+    with torch.no_grad():
+        linear.weight.zero_()
+        if bias:
+            assert torch.equal(linear.bias, layer.bias)
+            linear.bias.fill_(3.0)
+    assert layer.weight.abs().sum() > 0 and (not bias or (layer.bias < 1).all())
+
+
+def test_bytes_and_bits() -> None:
+    layer = QWQALinearLayer(64, 32, dtype=torch.bfloat16)
+    assert (layer.nbytes, layer.footprint) == (32 * 64 + 2 * 32, 32 * 64 + 4 * 32)
+    assert layer.bits_per_weight == 8 + 16 / 64
+    assert QWQALinearLayer(64, 32, device="meta").nbytes == 32 * 64 + 4 * 32
+
+
 # ---- dtypes and copies -----------------------------------------------------------------------
 
 

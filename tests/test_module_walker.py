@@ -172,7 +172,7 @@ def test_patterns_of_a_wrong_kind(model: nn.Module) -> None:
         with pytest.raises(TypeError, match="a pattern is a child name, a dotted name, a glob"):
             matched(model, pattern)
     for pattern in (None, 3):
-        with pytest.raises(TypeError, match=f"cannot exclude by {pattern}"):
+        with pytest.raises(TypeError, match=f"cannot choose modules by {pattern}"):
             match_patterns(list(walk(model)), pattern)
     with pytest.raises(ValueError, match="no regular expression"):
         matched(model, "re:(")

@@ -1,0 +1,609 @@
+"""Models quantized by recipes: the right scheme everywhere, all or nothing, and back to float."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import pickle
+import weakref
+from typing import Any
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn
+
+from quantization import (
+    PackedEmbedding,
+    PackedLinearLayer,
+    QWQALinearLayer,
+    Scheme,
+    Target,
+    dequantize_model,
+    quantize_model,
+    replace_linear_layers_with_w8a16,
+)
+from quantization.quantized_module import QuantizedModule
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+class Body(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(20, 32)
+        self.up = nn.Linear(32, 48)
+        self.down = nn.Linear(48, 32, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down(self.up(self.embed(x)).relu())
+
+
+class Model(nn.Module):
+    """A language model in small; ``tied`` makes its head the embedding's weight."""
+
+    def __init__(self, tied: bool = False) -> None:
+        super().__init__()
+        self.body = Body()
+        self.head = nn.Linear(32, 20, bias=False)
+        if tied:
+            self.head.weight = self.body.embed.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x))
+
+
+TOKENS = torch.tensor([[1, 2, 3], [19, 0, 0]])
+
+
+def schemes(model: nn.Module) -> dict[str, str]:
+    """What each module is: its scheme, or its class."""
+    return {
+        name: str(getattr(module, "scheme", type(module).__name__))
+        for name, module in model.named_modules()
+        if not list(module.children())
+    }
+
+
+def statuses(report: Any) -> dict[str, str]:
+    return {candidate.name: candidate.status for candidate in report}
+
+
+def snapshot(model: nn.Module) -> list[tuple[int, int, Any]]:
+    """Identity of every module and tensor, and what their attributes are."""
+    return [
+        (id(module), id(tensor), module.__dict__.get("activation_relu_or_gelu"))
+        for module in model.modules()
+        for tensor in (None, *module._parameters.values(), *module._buffers.values())
+    ]
+
+
+def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    got, wanted = got.detach().double(), wanted.detach().double()
+    assert got.shape == wanted.shape
+    return float((got - wanted).norm() / wanted.norm())
+
+
+# ---- recipes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["w4g16a", Scheme.parse("w4g16a"), {"*": "w4g16a"}])
+def test_one_scheme_goes_to_every_linear_layer(recipe: Any) -> None:
+    model = Model()
+    wanted = {name: PackedLinearLayer.from_float(m, "w4g16a") for name, m in linears(model)}
+    report = quantize_model(model, recipe)
+    assert schemes(model) == {
+        "body.embed": "Embedding",
+        "body.up": "w4g16a",
+        "body.down": "w4g16a",
+        "head": "w4g16a",
+    }
+    for name, layer in wanted.items():
+        assert torch.equal(model.get_submodule(name).weight, layer.weight)
+    assert [c.name for c in report.replaced] == ["body.up", "body.down", "head"]
+    assert report["head"].scheme == "w4g16a" and not report.left
+    assert report["head"].bits_per_weight == model.head.bits_per_weight
+    assert report.model is model
+
+
+def linears(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, m) for name, m in model.named_modules() if type(m) is nn.Linear]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "wanted"),
+    [
+        ({"head": "w8", "*": "w3"}, {"body.up": "w3", "body.down": "w3", "head": "w8"}),
+        ({"*": "w3", "head": "w8"}, {"body.up": "w3", "body.down": "w3", "head": "w3"}),
+        ({"head": None, nn.Linear: "w3"}, {"body.up": "w3", "body.down": "w3"}),
+        ({"body": "w3"}, {"body.up": "w3", "body.down": "w3"}),
+        ({"body.up": "w2", "body": "w3"}, {"body.up": "w2", "body.down": "w3"}),
+        ({"re:(up|head)$": "w5g16"}, {"body.up": "w5g16", "head": "w5g16"}),
+        ({"body.*": "w3"}, {"body.embed": "w3", "body.up": "w3", "body.down": "w3"}),
+        (
+            {nn.Embedding: "w8", "body": "w3"},
+            {"body.embed": "w8", "body.up": "w3", "body.down": "w3"},
+        ),
+        ({"embed": "w8"}, {"body.embed": "w8"}),
+        ({"body": "w3", "embed": "w8"}, {"body.embed": "w8", "body.up": "w3", "body.down": "w3"}),
+        ({"embed": None, nn.Embedding: "w8", "head": "w4"}, {"head": "w4"}),
+        ({nn.Module: "w4"}, {"body.up": "w4", "body.down": "w4", "head": "w4"}),
+        ({lambda name, module: name == "head": Scheme(4)}, {"head": "w4"}),
+    ],
+)
+def test_the_first_rule_that_matches_is_followed(recipe: Any, wanted: dict[str, str]) -> None:
+    model = Model()
+    before = schemes(model)
+    report = quantize_model(model, recipe)
+    assert schemes(model) == before | wanted
+    assert {c.name: c.scheme for c in report.replaced} == wanted
+    assert model(TOKENS).shape == (2, 3, 20)
+
+
+def test_what_no_rule_matches_is_left_and_reported() -> None:
+    model = Model()
+    report = quantize_model(model, {"body.up": "w4", "head": None})
+    assert statuses(report) == {"body.up": "replaced", "body.down": "left", "head": "excluded"}
+    assert report["body.down"].reason == "no rule of the recipe matches it"
+    assert report["head"].reason == "by the rule 'head'"
+    before = snapshot(model)
+    with pytest.raises(
+        ValueError, match=r"(?s)strict: 1 layers would be left.*body\.down: no rule"
+    ):
+        quantize_model(model, {"body.up": "w4", "head": None}, strict=True)
+    assert snapshot(model) == before
+    quantize_model(model, {"body.up": "w4"}, exclude=["head", "down"], strict=True)
+
+
+def test_what_is_excluded_stays_before_any_rule() -> None:
+    model = Model()
+    report = quantize_model(model, {"*": "w4", nn.Embedding: "w8"}, exclude=["head", nn.Embedding])
+    assert report["head"].reason == "by 'head'"
+    assert report["body.embed"].status == "excluded"
+    assert schemes(model)["head"] == "Linear" and schemes(model)["body.embed"] == "Embedding"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error", "message"),
+    [
+        ({"haed": "w4"}, ValueError, r"'haed' matches no module.*nearest names are 'head'"),
+        ({"*": "w4", QWQALinearLayer: "w4"}, ValueError, "QWQALinearLayer matches no module"),
+        ({"*": "w9"}, ValueError, "1..8"),
+        ("four bits", ValueError, "'four bits' names no scheme"),
+        ({"*": 4}, TypeError, "scheme must be a Scheme or its short name, not 4"),
+        ({4: "w4"}, TypeError, "cannot choose modules by 4"),
+        ({}, ValueError, "the recipe has no rules"),
+        (None, TypeError, "the recipe is None; give a Scheme, its short name"),
+        (["w4"], TypeError, "the recipe is"),
+    ],
+)
+def test_wrong_recipes_change_nothing(recipe: Any, error: type[Exception], message: str) -> None:
+    model = Model()
+    before = snapshot(model)
+    with pytest.raises(error, match=message):
+        quantize_model(model, recipe)
+    assert snapshot(model) == before
+
+
+def test_an_error_names_the_rule() -> None:
+    with pytest.raises(ValueError, match=r"1\.\.8") as caught:
+        quantize_model(Model(), {"head": "w4", "body": "w9"})
+    assert caught.value.__notes__ == ["in the rule 'body' of the recipe"]
+
+
+@pytest.mark.parametrize("thing", [None, 3, nn.Linear, [nn.Linear(2, 2)]])
+def test_an_object_that_is_not_a_model(thing: Any) -> None:
+    for call in (lambda: quantize_model(thing, "w4"), lambda: dequantize_model(thing)):
+        with pytest.raises(TypeError, match=r"expected a model \(a torch\.nn\.Module instance\)"):
+            call()
+
+
+# ---- a second call ---------------------------------------------------------------------------
+
+
+def test_a_second_call_changes_nothing() -> None:
+    model = Model(tied=True)
+    recipe = {nn.Embedding: "w8", "head": "w8", "*": "w4g16a"}
+    first = quantize_model(model, recipe)
+    before = snapshot(model)
+    again = quantize_model(model, recipe)
+    assert snapshot(model) == before
+    assert set(statuses(again).values()) == {"already"} and not any(c.reason for c in again)
+    assert again.bytes_before == again.bytes_after == 0
+    assert again.model_bytes_before == again.model_bytes_after == first.model_bytes_after
+    assert again.coverage == pytest.approx(first.coverage)
+    assert again.bits_per_weight == first.bits_per_weight
+    assert "4 already quantized" in repr(again)
+
+
+def test_quantized_layers_stay_unless_a_rule_names_their_type() -> None:
+    model = Model()
+    replace_linear_layers_with_w8a16(model, Target.Linear(QWQALinearLayer), ["head"])
+    report = quantize_model(model, "w4")
+    assert schemes(model)["body.up"] == "QWQALinearLayer" and schemes(model)["head"] == "w4"
+    assert report["body.up"].status == "already"
+    assert report["body.up"].reason == "a rule for the type QWQALinearLayer would make it w4"
+    weight = model.body.up.weight
+    report = quantize_model(model, {QWQALinearLayer: "w8g16"})
+    assert [c.name for c in report.replaced] == ["body.up", "body.down"]
+    assert torch.equal(model.body.up.weight, weight)
+    quantize_model(model, {"head": None, PackedLinearLayer: "w3a"})
+    assert schemes(model)["body.up"] == "w3a" and schemes(model)["head"] == "w4"
+    before = snapshot(model)
+    quantize_model(model, {"head": None, PackedLinearLayer: "w3a"})
+    assert snapshot(model) == before
+
+
+def test_the_int8_replacement_leaves_packed_layers_and_takes_the_class() -> None:
+    model = Model()
+    quantize_model(model, {"head": "w8"})
+    report = replace_linear_layers_with_w8a16(model, Target.Linear(QWQALinearLayer))
+    assert [c.name for c in report.left] == ["head"] and len(report.replaced) == 2
+    assert report["head"].reason.startswith("quantized already, as a PackedLinearLayer")
+    model = Model()
+    report = replace_linear_layers_with_w8a16(model, Target.Linear(PackedLinearLayer), ["head"])
+    assert schemes(model)["body.up"] == "w4g64a" == report["body.up"].scheme
+    assert "scheme" in repr(report).splitlines()[1]
+
+
+def test_another_call_may_go_further() -> None:
+    model = Model()
+    quantize_model(model, {"head": "w8"})
+    report = quantize_model(model, {"head": "w8", "*": "w4"})
+    assert [c.name for c in report.replaced] == ["body.up", "body.down"]
+
+
+# ---- sharing and ties ------------------------------------------------------------------------
+
+
+def test_a_shared_module_stays_shared() -> None:
+    shared = nn.Linear(32, 32)
+    model = nn.ModuleDict({"a": nn.Sequential(shared), "b": shared})
+    report = quantize_model(model, {"b": "w4"})
+    assert model["a"][0] is model["b"] and type(model["b"]) is PackedLinearLayer
+    assert report["b"] is report["a.0"] and report[0].aliases == ("b",)
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_tied_head_shares_the_codes_of_its_embedding(device: str) -> None:
+    model = Model(tied=True).to(device)
+    model.head.weight = model.body.embed.weight
+    report = quantize_model(model, {"re:(embed|head)$": "w8", "*": "w4"}, strict=True)
+    head, embed = model.head, model.body.embed
+    assert type(head) is PackedLinearLayer and type(embed) is PackedEmbedding
+    assert head.packed_weights is embed.packed_weights and head.scales is embed.scales
+    weights = sum(layer.nbytes for layer in (embed, model.body.up, model.body.down))
+    assert report.bytes_after == weights + 4 * 48
+    assert report.model_bytes_after == weights + 4 * 48
+    dequantize_model(model)
+    assert model.head.weight is model.body.embed.weight
+    assert isinstance(model.head.weight, nn.Parameter)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "left", "other"),
+    [
+        ("w4", "head", "body.embed.weight"),
+        ({"body": "w4", nn.Embedding: "w8", "head": None}, "body.embed", "head.weight"),
+    ],
+)
+def test_one_half_of_a_tie_is_left_or_untied_on_request(recipe: Any, left: str, other: str) -> None:
+    model = Model(tied=True)
+    report = quantize_model(model, recipe)
+    assert report[left].status == "left" and model.head.weight is model.body.embed.weight
+    assert report[left].reason.startswith(f"tied to {other}, which stays in float")
+    with pytest.raises(ValueError, match=f"{left}: tied to {other}"):
+        quantize_model(model, recipe, strict=True)
+    report = quantize_model(model, recipe, untie=True, strict=True)
+    assert report[left].replaced and report[left].reason.startswith(f"untied from {other}")
+
+
+def test_a_tie_of_two_schemes_is_parted_and_told() -> None:
+    model = Model(tied=True)
+    report = quantize_model(model, {nn.Embedding: "w8", "*": "w4"})
+    assert (model.body.embed.scheme, model.head.scheme) == (Scheme(8), Scheme(4))
+    assert report["head"].reason == "untied from body.embed, which becomes w8"
+
+
+def test_codes_that_are_shared_are_not_parted_unasked() -> None:
+    model = Model(tied=True)
+    quantize_model(model, {nn.Embedding: "w8", "head": "w8", "*": "w4"})
+    report = quantize_model(model, {PackedLinearLayer: "w3"})
+    assert report["head"].reason.startswith("tied to body.embed.packed_weights, which stays as it")
+    assert schemes(model)["body.up"] == "w3" and schemes(model)["head"] == "w8"
+    quantize_model(model, {PackedLinearLayer: "w3", PackedEmbedding: "w3"})
+    assert model.head.packed_weights is model.body.embed.packed_weights
+    assert schemes(model)["head"] == "w3"
+
+
+# ---- what is carried over --------------------------------------------------------------------
+
+
+def test_hooks_flags_and_attributes_go_there_and_back() -> None:
+    model = Model().eval()
+    calls: list[str] = []
+    handles = []
+    for name, layer in (("up", model.body.up), ("embed", model.body.embed)):
+        handles.append(layer.register_forward_hook(lambda *args, name=name: calls.append(name)))
+        layer.tag = name
+    model.body.up.train()
+    quantize_model(model, {"*": "w4", nn.Embedding: "w8"})
+    for back in (False, True):
+        if back:
+            dequantize_model(model)
+        calls.clear()
+        model(TOKENS)
+        assert calls == ["embed", "up"]
+        assert (model.body.up.tag, model.body.embed.tag) == ("up", "embed")
+        assert model.body.up.training and not model.head.training
+    for handle in handles:
+        handle.remove()
+    calls.clear()
+    model(TOKENS)
+    assert not calls
+    own = {"_scheme", "_dtype", "_floats", "_bits", "_group", "nf"}
+    assert not own & set(vars(model.body.up)) | own & set(vars(model.body.embed))
+
+
+def test_random_numbers_are_not_drawn() -> None:
+    model = Model()
+    state = torch.get_rng_state()
+    quantize_model(model, {"*": "w4", nn.Embedding: "w8"})
+    dequantize_model(model)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+# ---- all or nothing --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [RuntimeError("no"), KeyboardInterrupt()], ids=repr)
+def test_an_error_on_the_way_leaves_the_model_as_it_was(
+    error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    before = snapshot(model)
+    take, built = PackedLinearLayer._take, []
+
+    def exploding(self: Any, *args: Any) -> None:
+        built.append(self)
+        if len(built) == 3:
+            raise error
+        take(self, *args)
+
+    monkeypatch.setattr(PackedLinearLayer, "_take", exploding)
+    with pytest.raises(type(error)) as caught:
+        quantize_model(model, {"*": "w4", nn.Embedding: "w8"})
+    assert "while replacing head; the model was not changed" in caught.value.__notes__
+    assert snapshot(model) == before
+
+
+def test_an_error_on_the_way_back_leaves_the_model_quantized(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = Model()
+    quantize_model(model, {"*": "w4", nn.Embedding: "w8"})
+    before = snapshot(model)
+    monkeypatch.setattr(PackedEmbedding, "dequantize", None)
+    with pytest.raises(TypeError):
+        dequantize_model(model)
+    assert snapshot(model) == before
+
+
+class Interrupting(dict):
+    """A mapping whose n-th write is interrupted, once."""
+
+    writes_left = 10**9
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        Interrupting.writes_left -= 1
+        if Interrupting.writes_left == 0:
+            raise KeyboardInterrupt
+        super().__setitem__(key, value)
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4])
+def test_an_interrupt_between_assignments_takes_them_back(write: int) -> None:
+    model = Model()
+    for module in model.modules():
+        module.__dict__["_modules"] = Interrupting(module._modules)
+    before = snapshot(model)
+    Interrupting.writes_left = write
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            quantize_model(model, {"*": "w4", nn.Embedding: "w8"})
+    finally:
+        Interrupting.writes_left = 10**9
+    assert snapshot(model) == before
+
+
+def test_a_nan_leaves_the_model_as_it_was_or_is_marked() -> None:
+    model = Model()
+    with torch.no_grad():
+        model.body.embed.weight[2, 7] = math.nan
+    before, recipe = snapshot(model), {"*": "w4", nn.Embedding: "w8"}
+    with pytest.raises(ValueError, match=r"body\.embed\.weight.*nan.*2, 7"):
+        quantize_model(model, recipe)
+    assert snapshot(model) == before
+    quantize_model(model, recipe, nonfinite="mark")
+    assert torch.isnan(model.body.embed.weight).any(dim=1).nonzero().tolist() == [[2]]
+
+
+# ---- kinds of model --------------------------------------------------------------------------
+
+
+def test_the_model_itself_may_be_the_layer() -> None:
+    for layer, kind in (
+        (nn.Linear(32, 8), PackedLinearLayer),
+        (nn.Embedding(8, 32), PackedEmbedding),
+    ):
+        report = quantize_model(layer, {type(layer): "w4"})
+        assert type(report.model) is kind and "go on with report.model" in repr(report)
+        assert type(dequantize_model(report.model).model) is type(layer)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_torchs_transformer_does_not_bypass_the_layers(mode: Any) -> None:
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False).eval()
+    x = torch.randn(2, 5, 32)
+    with mode():
+        wanted = model(x)
+        report = quantize_model(model, "w8")
+        assert relative(model(x), wanted) < 0.02
+        assert {c.name for c in report.left} == {f"layers.{i}.self_attn.out_proj" for i in (0, 1)}
+        quantized = model(x)
+        dequantize_model(model)
+        assert relative(model(x), quantized) < 1e-5
+    assert type(model.layers[0].linear1) is nn.Linear
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_torchs_transformer_may_make_nested_tensors_of_a_mask() -> None:
+    model = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 64, batch_first=True, dropout=0.0), 2
+    ).eval()
+    x, mask = torch.randn(2, 5, 32), torch.zeros(2, 5, dtype=torch.bool)
+    mask[1, 3:] = True
+    with torch.no_grad():
+        wanted = model(x, src_key_padding_mask=mask)
+        quantize_model(model, "w8")
+        assert relative(model(x, src_key_padding_mask=mask)[~mask], wanted[~mask]) < 0.02
+
+
+def test_an_embedding_that_cannot_be_converted_is_left_with_its_reason() -> None:
+    model = nn.ModuleDict(
+        {"shrinking": nn.Embedding(4, 8, max_norm=1.0), "bag": nn.EmbeddingBag(4, 8)}
+    )
+    with pytest.warns(UserWarning, match="no layer was replaced: shrinking is max_norm"):
+        report = quantize_model(model, {nn.Embedding: "w8"})
+    assert statuses(report) == {"shrinking": "left"}
+    with pytest.warns(UserWarning, match="no layer was replaced: the model has no layers"):
+        quantize_model(nn.Sequential(nn.ReLU()), "w4")
+    with pytest.warns(
+        UserWarning, match="no layer was replaced: the model has no quantized layers"
+    ):
+        dequantize_model(nn.Linear(2, 2))
+
+
+def test_a_state_dict_goes_from_model_to_model() -> None:
+    recipe = {"*": "w4g16a", nn.Embedding: "w8"}
+    model, twin, empty = Model(), Model(), Model().to("meta")
+    for each in (model, twin, empty):
+        quantize_model(each, recipe)
+    twin.load_state_dict(model.state_dict())
+    empty.load_state_dict(copy.deepcopy(model.state_dict()), assign=True)
+    fresh = Model()
+    from_float = quantize_model(copy.deepcopy(fresh), recipe).model
+    model.load_state_dict(fresh.state_dict())
+    assert torch.equal(model(TOKENS), from_float(TOKENS))
+    assert torch.equal(twin(TOKENS), empty(TOKENS))
+    assert torch.equal(pickle.loads(pickle.dumps(twin))(TOKENS), twin(TOKENS))
+    other = quantize_model(Model(), {"*": "w4g8a", nn.Embedding: "w8"}).model
+    with pytest.raises(RuntimeError, match=r"\(this layer has scheme w4g8a\)"):
+        other.load_state_dict(twin.state_dict())
+
+
+# ---- the report ------------------------------------------------------------------------------
+
+
+def test_figures_of_the_report() -> None:
+    model = Model()
+    report = quantize_model(model, {"head": "w8", "*": "w4", "embed": "w3"})
+    tensors = [*model.parameters(), *model.buffers()]
+    assert report.model_bytes_after == sum(tensor.nbytes for tensor in tensors)
+    layers = [m for m in model.modules() if isinstance(m, QuantizedModule)]
+    assert report.bytes_after == sum(layer.footprint for layer in layers)
+    count = sum(math.prod(layer._weight_shape()) for layer in layers)
+    assert report.bits_per_weight == 8 * sum(layer.nbytes for layer in layers) / count
+    assert report.coverage == pytest.approx(count / (count + 48))
+    lines = repr(report).splitlines()
+    assert lines[0] == "ReplacementReport by quantize_model: 4 of 4 layers replaced"
+    assert lines[1].split()[:3] == ["layer", "scheme", "bits"]
+    assert "quantized weights, 5." in repr(report)
+
+
+def test_no_float_weight_is_kept_alive() -> None:
+    model = Model()
+    alive = weakref.ref(model.head.weight)
+    report = quantize_model(model, "w4")
+    gc.collect()
+    assert alive() is None and report.replaced
+
+
+def test_back_to_float() -> None:
+    model = Model()
+    replace_linear_layers_with_w8a16(model, Target.Linear(QWQALinearLayer), ["up"])
+    quantize_model(model, {"*": "w4g16a", nn.Embedding: "w8"})
+    wanted = model(TOKENS)
+    report = dequantize_model(model)
+    assert {type(m) for m in model.modules() if not list(m.children())} == {nn.Linear, nn.Embedding}
+    assert relative(model(TOKENS), wanted) < 1e-5
+    assert len(report.replaced) == len(report) == 4 and report.coverage == 0
+    assert report.model_bytes_after == sum(p.nbytes for p in Model().parameters())
+    assert "by dequantize_model: 4 of 4 quantized layers replaced" in repr(report)
+    assert [c.reason for c in report] == ["was w8", "was w4g16a", "was int8", "was int8"]
+    assert all(p.requires_grad for p in model.parameters())
+    with pytest.warns(UserWarning, match="no quantized layers"):
+        dequantize_model(model)
+
+
+# ---- models of transformers ------------------------------------------------------------------
+
+
+def llama(**options: Any) -> Any:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        **options,
+    )
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_llama(dtype: torch.dtype, tied: bool) -> None:
+    model = llama(tie_word_embeddings=tied).to(dtype)
+    ids = torch.tensor([[1, 2, 3, 4]])
+    with torch.no_grad():
+        wanted = model(ids).logits
+        recipe = {"lm_head": "w8", nn.Embedding: "w8", "re:mlp": "w7g16", "*": "w8g16a"}
+        report = quantize_model(model, recipe, strict=True)
+        assert len(report.replaced) == 2 * 7 + 2 and report.coverage > 0.98
+        got = model(ids).logits
+        assert relative(got, wanted) < 0.1 and got.dtype == dtype
+        assert model.generate(ids, max_new_tokens=4, do_sample=False).shape[1] <= 8
+        is_shared = model.lm_head.packed_weights is model.model.embed_tokens.packed_weights
+        assert is_shared == tied
+        dequantize_model(model)
+        assert relative(model(ids).logits, got) < (1e-5 if dtype == torch.float32 else 0.05)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) == tied
+
+
+def test_a_gpt2() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(vocab_size=50, n_positions=64, n_embd=32, n_layer=2, n_head=4)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = torch.tensor([[1, 2, 3, 4]])
+    state = copy.deepcopy(model.state_dict())
+    with torch.no_grad():
+        wanted = model(ids).logits
+        report = quantize_model(model, {"re:wte|lm_head": "w8", "*": "w8g16"})
+        assert len(report.replaced) == 2 * 4 + 2 and not report.left
+        got = model(ids).logits
+        assert relative(got, wanted) < 0.05
+        assert model.lm_head.packed_weights is model.transformer.wte.packed_weights
+        model.load_state_dict(state)  # Conv1D weights come turned
+        assert torch.equal(model(ids).logits, got)
+        dequantize_model(model)
+        assert relative(model(ids).logits, got) < 1e-5
