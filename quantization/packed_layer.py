@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from quantization import _packed_ops_temporary as _torch_ops
+from quantization import _torch_ops
 from quantization.dtypes import name_of
 from quantization.linear_layer import QWQALinearLayer
 from quantization.module_walker import float_parts
@@ -261,6 +261,10 @@ def _checked_linear(input: torch.Tensor, in_features: int, *rest: Any) -> torch.
         raise RuntimeError(
             f"input has {input.size(-1)} features in its last dimension, this layer {in_features}"
         )
+    if not in_features:  # no group, though a scheme without groups has a scale
+        rows, bias = rest[0].shape[0], rest[5]
+        offsets = None if bias is None else bias.to(input.dtype)
+        return nn.functional.linear(input, input.new_zeros(rows, 0), offsets)
     return _torch_ops.packed_linear(input, *rest)
 
 

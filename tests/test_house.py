@@ -70,7 +70,6 @@ FLOORS = {
     "weight_pack": 4,
     "linear": 4,
     "packed_rows": 4,
-    "_packed_ops_temporary": 4.1,
     "stored_scales": 3,
     "grids": 4.3,
     "packed_weights": 4.5,

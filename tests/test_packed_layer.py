@@ -108,7 +108,7 @@ def test_it_holds_the_buffers_of_its_scheme_and_nothing_else(
 
 
 @pytest.mark.parametrize(("n_in", "n_out"), [(0, 3), (3, 0), (0, 0), (1, 1)])
-@pytest.mark.parametrize("scheme", ["w4g16a", "w3"])
+@pytest.mark.parametrize("scheme", ["w4g16a", "w3", "w3a", "ternary", "kmeans2r"])
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 def test_empty_and_tiny_sizes(n_in: int, n_out: int, scheme: str) -> None:
     layer = PackedLinearLayer(n_in, n_out, scheme=scheme)
