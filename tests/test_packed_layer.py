@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import io
 import math
+import os
 import pickle
 import re
 from pathlib import Path
@@ -361,6 +362,23 @@ def test_forward_changes_no_buffer() -> None:
         layer(torch.randn(tokens, 45, requires_grad=True)).sum().backward()
     for key, value in layer.state_dict().items():
         assert value.data_ptr() == before[key][0] and torch.equal(value, before[key][1])
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+@pytest.mark.parametrize("scheme", ["w4g64a", "nf4"])
+def test_forward_keeps_no_float_copy_of_the_weight(scheme: str) -> None:
+    layer = PackedLinearLayer(2048, 4096, scheme=scheme)  # 4 MiB of codes, 32 MiB as floats
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    with torch.no_grad():
+        for tokens in (1, 40):
+            layer(torch.randn(tokens, 2048))
+        before = resident()
+        for tokens in (1, 40, 40, 1):
+            layer(torch.randn(tokens, 2048))
+    assert resident() - before < 4 << 20
 
 
 # ---- the weight ------------------------------------------------------------------------------
