@@ -191,14 +191,15 @@ qk_status qk_choose_linear(qk_linear_choice *choice, const qk_linear *linear)
     qk_linear_plan plan = qk_plan_linear(linear->tokens, linear->out_features, linear->in_features,
                                          pack_tokens(kernels, linear));
     size_t threads = qk_ceil_div(plan.strips * plan.chunks, plan.grain);
-    *choice = (qk_linear_choice){.isa = qk_active_isa(), .is_packed = plan.is_packed};
+    *choice = (qk_linear_choice){.isa = qk_active_isa()};
     qk_linear chunk = *linear;
     if (chunk.tokens > plan.chunk)
         chunk.tokens = plan.chunk;
     choice->chunk = chunk.tokens;
     choice->threads = threads < qk_get_threads() ? threads : qk_get_threads();
-    (linear->packed ? kernels->linear_packed_tile : kernels->linear_tile)[linear->x_dtype](
-        &chunk, plan.is_packed, &choice->tile_tokens, &choice->tile_features);
+    choice->is_packed =
+        (linear->packed ? kernels->linear_packed_tile : kernels->linear_tile)[linear->x_dtype](
+            &chunk, plan.is_packed, &choice->tile_tokens, &choice->tile_features);
     return QK_OK;
 }
 

@@ -1,4 +1,4 @@
-"""The linear map with int8 weights, as a plain function on torch tensors or ndarrays."""
+"""The linear map with int8 weights as a plain function, and which kernel a call would run."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from quantization._native import Tensor
 from quantization.dtypes import index_of, name_of, source_of
 from quantization.rules import check_tensor
 from quantization.runtime import get_num_threads
+from quantization.scheme import scheme_of
 
 
 @dataclass(frozen=True)
 class LinearKernel:
-    """What runs when so many tokens meet a layer of int8 weights, and why; print it.
+    """What runs when so many tokens meet quantized weights, and why; print it.
 
     Attributes:
         isa: the active instruction set.
@@ -55,7 +56,11 @@ for 128 tokens, 2 of 2 threads
 
 
 def linear_kernel(
-    tokens: int, out_features: int, in_features: int, dtype: Any = "float32"
+    tokens: int,
+    out_features: int,
+    in_features: int,
+    dtype: Any = "float32",
+    scheme: Any = None,
 ) -> LinearKernel:
     """The kernel that a call of that size and dtype would run now, on this CPU.
 
@@ -64,10 +69,11 @@ def linear_kernel(
         out_features: rows of weights, 1 or more.
         in_features: columns of weights, 0 or more.
         dtype: of the activations: float32, bfloat16, float16 or float64.
+        scheme: of packed weights, a Scheme or its short name; None: int8 codes, a scale a row.
 
     Raises:
         TypeError: for another dtype, or sizes that are no integers.
-        ValueError: for sizes out of range.
+        ValueError: for sizes out of range, or a name that is no scheme's.
 
     Example:
         >>> linear_kernel(1, 4096, 4096).tokens
@@ -79,7 +85,10 @@ def linear_kernel(
         if index_of(value, name) < least:
             raise ValueError(f"{name} is {value}; it must be {least} or more")
     source = source_of(dtype, "activations")
-    isa, rows, cols, chunk, threads, packed = _native.choose_linear(*sizes.values(), source)
+    numbers = (8, 0, 0, 0) if scheme is None else scheme_of(scheme).kernel_numbers(in_features)
+    isa, rows, cols, chunk, threads, packed = _native.choose_linear(
+        *sizes.values(), source, numbers
+    )
     return LinearKernel(isa, source.name, tokens, (rows, cols), packed, chunk, threads)
 
 

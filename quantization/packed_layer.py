@@ -13,6 +13,7 @@ from torch import nn
 
 from quantization import _torch_ops
 from quantization.dtypes import name_of
+from quantization.linear import LinearKernel, linear_kernel
 from quantization.linear_layer import QWQALinearLayer
 from quantization.module_walker import float_parts
 from quantization.packed_module import DEFAULT_SCHEME, PackedModule
@@ -208,6 +209,24 @@ weights=w4g64a, 1,312 bytes)
             self._bits,
             self._group,
         )
+
+    def kernel(self, tokens: int = 1, dtype: torch.dtype | None = None) -> LinearKernel:
+        """What :meth:`forward` would run for so many rows of activations, on this CPU, now.
+
+        Args:
+            tokens: rows of activations, 1 or more.
+            dtype: of the activations; None: that of the layer.
+
+        Raises:
+            TypeError: for a dtype that is none of the kernels'.
+            ValueError: for fewer tokens than 1, or a layer without features.
+
+        Example:
+            >>> PackedLinearLayer(64, 64, dtype=torch.bfloat16).kernel(128).dtype
+            'bfloat16'
+        """
+        dtype = self.dtype if dtype is None else dtype
+        return linear_kernel(tokens, self.out_features, self.in_features, dtype, self._scheme)
 
     def to_scheme(self, scheme: Scheme | str) -> PackedLinearLayer:
         """A layer of another scheme; this one is left as it is.

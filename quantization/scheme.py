@@ -268,6 +268,19 @@ class Scheme:
             return -(-in_features // TERNARY_CODES)
         return -(-in_features * self.bits // 8)
 
+    def kernel_numbers(self, in_features: int) -> tuple[int, int, int, int]:
+        """What decides about the kernel: bits (0: base 3), group, kind of zeros, a codebook or not.
+
+        Example:
+            >>> Scheme.parse("w4g64a").kernel_numbers(1000)
+            (4, 64, 1, 0)
+        """
+        bits = 0 if self.grid == "ternary" else self.bits
+        zeros = 0
+        if self.mode is Mode.Asymmetric:
+            zeros = 2 if self.zero_point == "float" else 1
+        return bits, self.group(in_features), zeros, int(self.has_codebook)
+
     @property
     def is_grouped(self) -> bool:
         """Whether a row may have several scales."""

@@ -102,12 +102,10 @@ static void linear_packed(void *y, const void *x, const qk_linear_strip *strip)
         quads_linear_bfloat16(y, x, strip);
 }
 
-static void packed_tile(const qk_linear *l, int is_packed, size_t *rows, size_t *cols)
+static int packed_tile(const qk_linear *l, int is_packed, size_t *rows, size_t *cols)
 {
-    if (uses_twins(l))
-        twins_tile_shape_bfloat16(l, is_packed, rows, cols);
-    else
-        quads_tile_shape_bfloat16(l, is_packed, rows, cols);
+    return uses_twins(l) ? twins_tile_shape_bfloat16(l, is_packed, rows, cols)
+                         : quads_tile_shape_bfloat16(l, is_packed, rows, cols);
 }
 
 void qk_use_avx512bf16(qk_kernels *table)

@@ -127,9 +127,9 @@ typedef struct qk_kernels {
      * in the strip. Indexed by x dtype. Any number of tokens gives a row the same bits. */
     void (*linear[QK_FLOATS])(void *y, const void *x, const qk_linear_strip *strip);
 
-    /* The register tile of a call whose weights are to be packed or not. */
-    void (*linear_tile[QK_FLOATS])(const qk_linear *linear, int is_packed, size_t *rows,
-                                   size_t *cols);
+    /* The register tile of a call whose weights are asked to be packed or not; whether they are. */
+    int (*linear_tile[QK_FLOATS])(const qk_linear *linear, int is_packed, size_t *rows,
+                                  size_t *cols);
 
     /* From how many tokens on it pays that the kernel packs weights; 0: never. */
     size_t linear_pack_tokens[QK_FLOATS];
@@ -141,8 +141,8 @@ typedef struct qk_kernels {
 
     /* The same four for packed weights (linear->packed of qk.h). */
     void (*linear_packed[QK_FLOATS])(void *y, const void *x, const qk_linear_strip *strip);
-    void (*linear_packed_tile[QK_FLOATS])(const qk_linear *linear, int is_packed, size_t *rows,
-                                          size_t *cols);
+    int (*linear_packed_tile[QK_FLOATS])(const qk_linear *linear, int is_packed, size_t *rows,
+                                         size_t *cols);
     size_t linear_packed_tokens[QK_FLOATS];
     void (*linear_packed_backward[QK_FLOATS])(void *grad_x, const void *grad_y,
                                               const qk_linear_strip *strip);

@@ -53,10 +53,11 @@ DEFINE_LINEAR(double)
 DEFINE_LINEAR_BACKWARD(float)
 DEFINE_LINEAR_BACKWARD(double)
 
-static void one_sum(const qk_linear *linear, int is_packed, size_t *rows, size_t *cols)
+static int one_sum(const qk_linear *linear, int is_packed, size_t *rows, size_t *cols)
 {
     (void)linear, (void)is_packed;
     *rows = *cols = 1;
+    return 0;
 }
 
 void qk_define_packed(qk_kernels *table)

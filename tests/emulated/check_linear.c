@@ -102,8 +102,8 @@ static void check_strip(const region *y, const qk_linear *linear, size_t first, 
         }
 }
 
-/* Just the memory that a strip asks for, of NaNs, in whole cache lines, before a page that faults or after
- * one, where that is aligned. */
+/* Just the memory that a strip asks for, of NaNs, in whole cache lines, before a page that faults
+ * or after one, where that is aligned. */
 void place_scratch(qk_linear_strip *strip, size_t bytes)
 {
     do

@@ -25,7 +25,9 @@ def test_the_active_isa_is_named(isa: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 18, 19, 263, 264, 265, 5000])
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, _kernels.FLOAT16, _kernels.FLOAT64])
 def test_tiles_and_chunks_fit_the_tokens(isa: str, dtype: int, tokens: int) -> None:
-    _, rows, cols, chunk, used, packed = _kernels.choose_linear(tokens, 1000, 999, dtype, 8, 0, 0, 0)
+    _, rows, cols, chunk, used, packed = _kernels.choose_linear(
+        tokens, 1000, 999, dtype, 8, 0, 0, 0
+    )
     assert 1 <= rows <= min(tokens, 8) and 1 <= cols <= 8
     assert chunk == tokens if tokens <= 264 else tokens / 264 <= chunk <= 264
     assert 1 <= used <= _kernels.get_num_threads()
@@ -33,7 +35,9 @@ def test_tiles_and_chunks_fit_the_tokens(isa: str, dtype: int, tokens: int) -> N
 
 
 def test_weights_are_packed_for_many_bfloat16_tokens_only(isa: str) -> None:
-    packed = [_kernels.choose_linear(n, 4096, 4096, BFLOAT16, 8, 0, 0, 0)[5] for n in (1, 18, 19, 512)]
+    packed = [
+        _kernels.choose_linear(n, 4096, 4096, BFLOAT16, 8, 0, 0, 0)[5] for n in (1, 18, 19, 512)
+    ]
     assert packed == ([False, False, True, True] if isa == "avx512bf16" else [False] * 4)
     assert not _kernels.choose_linear(512, 4096, 4096, FLOAT32, 8, 0, 0, 0)[5]
 
@@ -55,3 +59,11 @@ def test_nothing_to_do_is_refused(sizes: tuple[int, int, int]) -> None:
         _kernels.choose_linear(*sizes, FLOAT32, 8, 0, 0, 0)
     with pytest.raises(TypeError):
         _kernels.choose_linear(1, 4, 4, _kernels.INT8, 8, 0, 0, 0)
+
+
+@pytest.mark.parametrize("bits", range(9))
+@pytest.mark.parametrize("group", [3, 32, 64, 5000])
+def test_packed_weights_have_tiles_too(isa: str, bits: int, group: int) -> None:
+    for tokens in (1, 2, 5, 40, 600):
+        _, rows, cols, *_ = _kernels.choose_linear(tokens, 100, 999, FLOAT32, bits, group, 0, 0)
+        assert 1 <= rows <= min(tokens, 8) and 1 <= cols <= 8
