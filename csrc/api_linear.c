@@ -1,7 +1,6 @@
 #include "api.h"
 #include "dispatch.h"
 #include "parallel.h"
-#include "kernels/packed.h"
 #include "plan.h"
 
 #include <stdatomic.h>

@@ -46,7 +46,8 @@ C_ARROWS = {
     "dispatch": {"dispatch.h", "kernels.h", "isa_list.def"},
     "parallel": {"parallel.h", "qk.h"},
     "binding": {"qk.h", "binding.h", "torch_ops.h"},
-    "torch_ops": {"qk.h", "torch_ops.h", "torch_shim.h", "parallel.h"},
+    "torch_ops": {"qk.h", "torch_ops.h", "torch_call.h", "parallel.h"},
+    "torch": {"qk.h", "torch_call.h", "torch_shim.h"},
     "torch_shim": set(),
     "qk": set(),
 }
@@ -57,6 +58,7 @@ FLOORS = {
     "dtypes": 1,
     "runtime": 1.5,
     "_native": 2,
+    "_torch_kernels": 1.7,
     "_torch_ops": 2,
     "granularity": 3,
     "codebooks": 3,
@@ -176,7 +178,7 @@ def test_python_imports_run_downwards(path: Path) -> None:
 def test_only_the_door_imports_the_extension() -> None:
     for path in PY_FILES:
         if "_kernels" in _imports(path):
-            assert path.name in {"_native.py", "_torch_ops.py", "runtime.py"}, path.name
+            assert path.name in {"_native.py", "_torch_kernels.py", "runtime.py"}, path.name
 
 
 @pytest.mark.parametrize(

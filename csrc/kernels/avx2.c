@@ -27,6 +27,7 @@
 #include "linear_int8.inc"
 #include "quads_avx2.inc"
 #include "linear_quads.inc"
+#include "linear_quads_rows.inc"
 #include "linear.inc"
 
 void qk_use_avx2(qk_kernels *table)

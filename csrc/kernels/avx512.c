@@ -29,6 +29,7 @@
 #include "linear_int8.inc"
 #include "quads_avx512.inc"
 #include "linear_quads.inc"
+#include "linear_quads_rows.inc"
 #include "linear_pairs.inc"
 #include "linear_pairs_avx512.inc"
 #define HAS_PAIRS

@@ -27,6 +27,7 @@
 #define QUADS_VBMI
 #include "quads_avx512.inc"
 #include "linear_quads.inc"
+#include "linear_quads_rows.inc"
 #include "linear_pairs.inc"
 #include "linear_avx512bf16.inc"
 #include "linear_twins.inc"

@@ -31,6 +31,19 @@ enum {
     QK_LINEAR_SUMS = 56, /* and so many sums are kept for each token, at most */
 };
 
+/* Bytes of a dense row of `count` codes of so many bits, or in base 3. */
+static inline size_t qk_row_bytes(size_t count, size_t bits)
+{
+    if (bits == QK_BASE3)
+        return count / 5 + (count % 5 != 0);
+    return count / 8 * bits + (count % 8 * bits + 7) / 8;
+}
+
+static inline size_t qk_groups(const qk_packed *packed, size_t in_features)
+{
+    return in_features / packed->group + (in_features % packed->group != 0);
+}
+
 /* Numbers for the scales of one row of packed weights, however they are spread. */
 static inline size_t qk_packed_span(const qk_linear *linear)
 {

@@ -20,6 +20,7 @@
 #include "linear_int8.inc"
 #include "quads_neon.inc"
 #include "linear_quads.inc"
+#include "linear_quads_rows.inc"
 #include "linear.inc"
 
 void qk_use_neon(qk_kernels *table)

@@ -2,19 +2,8 @@
 #ifndef QK_PACKED_H
 #define QK_PACKED_H
 
+#include "kernels.h"
 #include "scalar.h"
-
-static inline size_t qk_row_bytes(size_t count, size_t bits)
-{
-    if (bits == QK_BASE3)
-        return count / 5 + (count % 5 != 0);
-    return count / 8 * bits + (count % 8 * bits + 7) / 8;
-}
-
-static inline size_t qk_groups(const qk_packed *packed, size_t in_features)
-{
-    return in_features / packed->group + (in_features % packed->group != 0);
-}
 
 /* Code `index` of a dense row. */
 static inline unsigned qk_dense_code(const uint8_t *row, size_t index, size_t bits)
