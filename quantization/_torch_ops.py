@@ -13,13 +13,24 @@ from quantization import _torch_kernels as kernels
 
 # ---- derivatives -----------------------------------------------------------------------------
 #
-# Quantized weights are `tensors`, and three numbers that say how to read them: for int8 rows
-# (weights, scales) and 8, 0, 0; for packed ones (weights, scales, scale_steps, zero_points,
-# codebook) and bits, group, present. They are passed one by one: vmap takes no tuples apart.
+# Quantized weights are `tensors`, and two numbers that say how to read them: for int8 rows
+# (weights, scales) and 8, 0; for packed ones (weights, scales, scale_steps, zero_points, codebook),
+# of which the last three may be None, and bits, group. They are passed one by one: vmap takes no
+# tuples apart.
 
 
-def _forward(x, bias, dtype, bits, group, present, *tensors):
+def _filled(weights, scales, *optional):
+    """What a packed operator takes: scales where a tensor is not, and which of them there are."""
+    flags = (kernels.HAS_STEPS, kernels.HAS_ZEROS, kernels.HAS_CODEBOOK)
+    present = 0
+    for flag, tensor in zip(flags, optional, strict=True):
+        present |= flag if tensor is not None else 0
+    return (weights, scales, *(scales if t is None else t for t in optional)), present
+
+
+def _forward(x, bias, dtype, bits, group, *tensors):
     if group:
+        tensors, present = _filled(*tensors)
         if bias is None:
             return kernels.packed(x, *tensors, tensors[1], bits, group, present, dtype)
         present |= kernels.HAS_BIAS
@@ -29,8 +40,9 @@ def _forward(x, bias, dtype, bits, group, present, *tensors):
     return kernels.linear_bias(x, *tensors, bias, dtype)
 
 
-def _backward(grad, dtype, in_features, bits, group, present, *tensors):
+def _backward(grad, dtype, in_features, bits, group, *tensors):
     if group:
+        tensors, present = _filled(*tensors)
         return kernels.packed_backward(grad, *tensors, in_features, bits, group, present, dtype)
     return kernels.linear_backward(grad, *tensors, dtype)
 
@@ -41,13 +53,13 @@ class _Linear(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, bias, dtype, bits, group, present, *tensors):
-        return _forward(x, bias, dtype, bits, group, present, *tensors)
+    def forward(x, bias, dtype, bits, group, *tensors):
+        return _forward(x, bias, dtype, bits, group, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, bias, dtype, *numbers = inputs[:6]
-        tensors = inputs[6:]
+        x, bias, dtype, *numbers = inputs[:5]
+        tensors = inputs[5:]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.x_dtype, ctx.dtype, ctx.numbers = x.dtype, dtype, numbers
@@ -63,7 +75,7 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             rows = grad.unsqueeze(0) if grad.dim() == 1 else grad.flatten(0, -2)
             grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
-        return grad_x, grad_bias, *[None] * (4 + len(tensors))
+        return grad_x, grad_bias, *[None] * (3 + len(tensors))
 
 
 class _InputGradient(torch.autograd.Function):
@@ -72,13 +84,13 @@ class _InputGradient(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, dtype, in_features, bits, group, present, *tensors):
-        return _backward(grad, dtype, in_features, bits, group, present, *tensors)
+    def forward(grad, dtype, in_features, bits, group, *tensors):
+        return _backward(grad, dtype, in_features, bits, group, *tensors)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        grad, dtype, in_features, *numbers = inputs[:6]
-        tensors = inputs[6:]
+        grad, dtype, in_features, *numbers = inputs[:5]
+        tensors = inputs[5:]
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
         ctx.grad_dtype, ctx.dtype = grad.dtype, dtype
@@ -88,7 +100,7 @@ class _InputGradient(torch.autograd.Function):
     def backward(ctx, grad):
         tensors = ctx.saved_tensors
         along = _map(grad, None, ctx.grad_dtype, *ctx.numbers, *tensors)
-        return along, *[None] * (5 + len(tensors))
+        return along, *[None] * (4 + len(tensors))
 
 
 class _DualLinear(_Linear):
@@ -195,7 +207,7 @@ def linear(
         if out_dtype is None:
             out_dtype = _output_dtype(x)
         _refuse_trained(scales)
-        return _map(x, bias, out_dtype, 8, 0, 0, weights, scales)
+        return _map(x, bias, out_dtype, 8, 0, weights, scales)
 
 
 @torch.fx.wrap
@@ -247,10 +259,5 @@ def packed_linear(
     if out_dtype is None:
         out_dtype = _output_dtype(x)
     _refuse_trained(scales)
-    present = (
-        (scale_steps is not None) * kernels.HAS_STEPS
-        | (zero_points is not None) * kernels.HAS_ZEROS
-        | (codebook is not None) * kernels.HAS_CODEBOOK
-    )
-    optional = [scales if t is None else t for t in (scale_steps, zero_points, codebook)]
-    return _map(x, bias, out_dtype, bits, group, present, weights, scales, *optional)
+    tensors = (weights, scales, scale_steps, zero_points, codebook)
+    return _map(x, bias, out_dtype, bits, group, *tensors)

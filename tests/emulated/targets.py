@@ -116,7 +116,14 @@ def _run(command: list[str], **options) -> subprocess.CompletedProcess[str]:
 
 def _compile_with_simde(target: Target, folder: Path) -> list[Path]:
     """kernels/avx512*.c on SIMDe's plain C: target pragmas are dropped after preprocessing."""
-    command = [*shlex.split(compiler(target)), *FLAGS, "-Wno-psabi", "-I", str(HERE / "simde")]
+    command = [
+        *shlex.split(compiler(target)),
+        *FLAGS,
+        "-O1",
+        "-Wno-psabi",
+        "-I",
+        str(HERE / "simde"),
+    ]
     objects = []
     for source in sorted(ROOT.glob("csrc/kernels/avx512*.c")):
         text = _run([*command, "-E", str(source)]).stdout
