@@ -293,9 +293,22 @@ def test_smoke_times_each_isa_right(smoke: dict) -> None:
 def test_smoke_prints_and_writes_tables(smoke: dict) -> None:
     assert "linear: shape 64x96, dtype float32, threads 1, tokens 5" in smoke["printed"]
     text = smoke["files"]["md"].read_text()
-    assert "## Linear, in short" in text and smoke["entry"]["command"] in text
+    assert "times nn.Linear, and of the limit" in text and smoke["entry"]["command"] in text
     if "plot" not in smoke["entry"]["absent"]:
         assert smoke["files"]["png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_earlier_run_is_told_again(smoke: dict) -> None:
+    results = Results.from_dict(smoke["entry"])
+    assert [row.to_dict() for row in results.rows if not row.timing] == [
+        row for row in smoke["entry"]["rows"] if "median" not in row
+    ]
+    medians = [row.median for row in results.rows if row.timing]
+    assert medians == [row["median"] for row in smoke["entry"]["rows"] if "median" in row]
+    done = run("--read", str(smoke["files"]["json"]))
+    assert done.returncode == 0, done.stderr
+    assert "| dtype | threads | shape | tokens 1 | tokens 5 |" in done.stdout
+    assert "## Every cell" not in done.stdout
 
 
 @pytest.mark.parametrize(

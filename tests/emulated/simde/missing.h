@@ -144,6 +144,38 @@ static inline __m256 _mm512_extractf32x8_ps(__m512 given, int half)
     return halves[half];
 }
 
+/* To the nearest bfloat16, half to even; subnormal numbers become zeros. */
+static inline uint16_t emulated_bfloat16(float number)
+{
+    uint32_t bits;
+    number = isnan(number) ? NAN : emulated_normal(number);
+    memcpy(&bits, &number, sizeof bits);
+    return isnan(number) ? 0x7fc0 : (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+static inline __m256i emulated_to_bfloat16(__m512 given)
+{
+    float in[16];
+    uint16_t out[16];
+    __m256i made;
+    memcpy(in, &given, sizeof in);
+    for (int i = 0; i < 16; i++)
+        out[i] = emulated_bfloat16(in[i]);
+    memcpy(&made, out, sizeof made);
+    return made;
+}
+
+static inline __m512i emulated_two_to_bfloat16(__m512 high, __m512 low)
+{
+    __m256i halves[2] = {emulated_to_bfloat16(low), emulated_to_bfloat16(high)};
+    __m512i made;
+    memcpy(&made, halves, sizeof made);
+    return made;
+}
+
+#define _mm512_cvtneps_pbh(numbers)    emulated_to_bfloat16(numbers)
+#define _mm512_cvtne2ps_pbh(high, low) emulated_two_to_bfloat16(high, low)
+
 /* Lane by lane, on arrays. */
 #define DEFINE_EMULATED(name, vector, type, parameters, lanes_in, expression)                      \
     static inline vector name parameters                                                           \
