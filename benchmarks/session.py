@@ -74,7 +74,7 @@ class Settings:
     packed_tokens: tuple[int, ...] = (1, 4, 16, 128)
     width_tokens: tuple[int, ...] = (1,)
     packed_reply: int = 32
-    judged: int = 8192
+    judged: int = 4096
     model: str | None = "smollm2"
     are_small: bool = False
 
