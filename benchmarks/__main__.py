@@ -17,6 +17,8 @@ from benchmarks.bench_linear import run_linear
 from benchmarks.bench_model import run_model
 from benchmarks.bench_overhead import run_overhead
 from benchmarks.bench_pack import run_pack
+from benchmarks.bench_packed import run_packed
+from benchmarks.bench_packed_model import run_packed_model
 from benchmarks.bench_quantize import run_quantize
 from benchmarks.records import Results
 from benchmarks.report import markdown, summary_grid
@@ -27,11 +29,13 @@ from benchmarks.tables import print_columns
 
 RUNNERS: dict[str, Callable[[Session], None]] = {
     "linear": run_linear,
+    "packed": run_packed,
     "backward": run_backward,
     "quantize": run_quantize,
     "pack": run_pack,
     "overhead": run_overhead,
     "model": run_model,
+    "packed_model": run_packed_model,
 }
 
 
@@ -75,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "limits of the machine, measured in the same run.",
     )
     extent = parser.add_mutually_exclusive_group()
-    extent.add_argument("--full", action="store_true", help="every cell, and the language model")
+    extent.add_argument("--full", action="store_true", help="every cell, and the language models")
     extent.add_argument("--smoke", action="store_true", help="tiny shapes, in seconds")
     parser.add_argument("--only", type=_list_of(SECTIONS), help=f"out of {','.join(SECTIONS)}")
     parser.add_argument("--isa", type=_isas, help="instruction sets to force; reference too")
@@ -102,6 +106,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         "dtypes": options.dtype,
         "shapes": options.shape,
         "tokens": options.tokens,
+        "packed_shapes": options.shape,
+        "packed_tokens": options.tokens,
         "rounds": options.rounds,
         "seconds": options.seconds,
         "threads": options.threads,

@@ -7,10 +7,10 @@ from functools import partial
 
 import torch
 
-from benchmarks.bench_linear import relative
 from benchmarks.gauge import OURS, Gauge
 from benchmarks.harness import Candidate, Failure, first_line, take_turns
-from benchmarks.peers import BASELINE, Map, Peer, Problem, attempt, installed, quiet
+from benchmarks.peers import BASELINE, PEERS, Map, Peer, Problem, attempt, installed, quiet
+from benchmarks.race import relative
 from benchmarks.records import Row, add_ratios
 from benchmarks.session import Session, Shape, any_isa, shape_name, threads_of_torch
 from benchmarks.tables import print_cells
@@ -23,7 +23,7 @@ def run_backward(session: Session) -> None:
     """Measure the section, and print a table for each weight, dtype and number of threads."""
     settings = session.settings
     cells = len(settings.shapes) * len(settings.dtypes) * len(settings.threads)
-    peers = [peer for peer in installed()[0] if peer.name in PASSING]
+    peers = [peer for peer in installed(PEERS)[0] if peer.name in PASSING]
     count = cells * len(settings.backward_tokens)
     with session.progress("backward", count), any_isa(), quiet(), torch.enable_grad():
         for shape in settings.shapes:

@@ -6,6 +6,7 @@ Pure arithmetic; the bandwidths and peaks that go in are measured by :mod:`bench
 from __future__ import annotations
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 CODE_BYTES = 1  # an int8 weight
 
@@ -20,7 +21,7 @@ class LinearProblem:
         tokens: M, rows of the activations.
         value_bytes: of one activation, and of one output.
         scale_bytes: scales and zero points of one row of weights.
-        bits: of one weight.
+        bits: of one weight; 8/5 where five share a byte.
     """
 
     out_features: int
@@ -28,7 +29,7 @@ class LinearProblem:
     tokens: int
     value_bytes: int
     scale_bytes: int
-    bits: int = 8
+    bits: int | Fraction = 8
 
     @property
     def weight_bytes(self) -> int:

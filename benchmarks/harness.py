@@ -25,7 +25,8 @@ class Candidate:
 
     Attributes:
         name: as tables show it.
-        kind: "ours", "float", "W8A16", "W8A8" or "expression": what it may be compared with.
+        kind: "ours", "float", "W8A16", "W4A16", "W8A8" or "expression": what it may be compared
+            with.
         call: what is timed.
         enter: runs before each turn, untimed (to choose an instruction set).
     """

@@ -87,12 +87,13 @@ def _torchao(problem: Problem, threads: int) -> Map:
     return model
 
 
-def _quanto(problem: Problem, threads: int) -> Map:
-    from optimum.quanto import freeze, qint8, quantize
+def quanto_map(problem: Problem, threads: int, weights: str = "qint8") -> Map:
+    """The layer of optimum-quanto."""
+    from optimum import quanto
 
     model = nn.Sequential(problem.linear())
-    quantize(model, weights=qint8)
-    freeze(model)
+    quanto.quantize(model, weights=getattr(quanto, weights))
+    quanto.freeze(model)
     return model
 
 
@@ -105,31 +106,37 @@ def _bitsandbytes(problem: Problem, threads: int) -> Map:
     return layer.to("cpu").eval()
 
 
-def _onnxruntime(problem: Problem, threads: int, accuracy_level: int) -> Map:
+def onnxruntime_map(problem: Problem, threads: int, accuracy_level: int, bits: int = 8) -> Map:
+    """The map of ONNX Runtime's MatMulNBits; level 1 multiplies floats, level 4 int8."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(
-        _matmul_nbits(problem.weight, accuracy_level), options, providers=["CPUExecutionProvider"]
+        _matmul_nbits(problem.weight, accuracy_level, bits),
+        options,
+        providers=["CPUExecutionProvider"],
     )
     return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
 
-def _matmul_nbits(weight: torch.Tensor, accuracy_level: int) -> bytes:
-    """A model of one MatMulNBits node with unsigned codes around 128, a scale for each block."""
+def _matmul_nbits(weight: torch.Tensor, accuracy_level: int, bits: int) -> bytes:
+    """A model of one MatMulNBits node: codes around 2**(bits - 1), a scale for each block."""
     from onnx import TensorProto, helper, numpy_helper
 
     out_features, in_features = weight.shape
     blocks = -(-in_features // BLOCK)
     padded = nn.functional.pad(weight, (0, blocks * BLOCK - in_features))
     grouped = padded.view(out_features, blocks, BLOCK)
-    scales = grouped.abs().amax(2).clamp_(min=1e-30) / 127
-    codes = ((grouped / scales[:, :, None]).round_() + 128).to(torch.uint8)
+    middle = 2 ** (bits - 1)
+    scales = grouped.abs().amax(2).clamp_(min=1e-30) / (middle - 1)
+    codes = ((grouped / scales[:, :, None]).round_() + middle).to(torch.uint8)
+    if bits == 4:
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
     node = helper.make_node(
         "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft",
-        K=in_features, N=out_features, bits=8, block_size=BLOCK, accuracy_level=accuracy_level,
+        K=in_features, N=out_features, bits=bits, block_size=BLOCK, accuracy_level=accuracy_level,
     )  # fmt: skip
     graph = helper.make_graph(
         [node],
@@ -177,6 +184,10 @@ def _takes_all(problem: Problem) -> str | None:
     return None
 
 
+def _plain(problem: Problem) -> str:
+    return ""
+
+
 # ---- the list --------------------------------------------------------------------------------
 
 
@@ -186,12 +197,13 @@ class Peer:
 
     Attributes:
         name: as tables show it.
-        kind: "float", "W8A16" or "W8A8".
+        kind: "float", "W8A16", "W4A16" or "W8A8".
         package: the distribution that it needs.
         build: makes the map of a problem, for a number of threads.
         dtypes: of activations that it takes.
         refuses: why it cannot be run on a problem, or None.
         per_threads: whether the number of threads is fixed when it is built.
+        note: what a reader of its rows should know.
     """
 
     name: str
@@ -201,6 +213,7 @@ class Peer:
     dtypes: tuple[str, ...] = ALL
     refuses: Callable[[Problem], str | None] = _takes_all
     per_threads: bool = False
+    note: Callable[[Problem], str] = _plain
 
     @property
     def version(self) -> str | None:
@@ -219,18 +232,19 @@ class Peer:
 
 BASELINE = "nn.Linear"
 FLOAT32 = ("float32",)
+NN_LINEAR = Peer(BASELINE, "float", "torch", _nn_linear)
 PEERS = (
-    Peer(BASELINE, "float", "torch", _nn_linear),
+    NN_LINEAR,
     Peer("cast whole weight", "W8A16", "torch", _cast),
     Peer("torch int8pack", "W8A16", "torch", _int8pack, refuses=_int8pack_refuses),
     Peer("torchao", "W8A16", "torchao", _torchao),
-    Peer("quanto", "W8A16", "optimum-quanto", _quanto, refuses=_quanto_refuses),
+    Peer("quanto", "W8A16", "optimum-quanto", quanto_map, refuses=_quanto_refuses),
     Peer(
-        "onnxruntime", "W8A16", "onnxruntime", partial(_onnxruntime, accuracy_level=1),
+        "onnxruntime", "W8A16", "onnxruntime", partial(onnxruntime_map, accuracy_level=1),
         FLOAT32, per_threads=True,
     ),
     Peer(
-        "onnxruntime level 4", "W8A8", "onnxruntime", partial(_onnxruntime, accuracy_level=4),
+        "onnxruntime level 4", "W8A8", "onnxruntime", partial(onnxruntime_map, accuracy_level=4),
         FLOAT32, per_threads=True,
     ),
     Peer("quantize_dynamic", "W8A8", "torch", _quantize_dynamic, FLOAT32),
@@ -241,11 +255,11 @@ PEERS = (
 )  # fmt: skip
 
 
-def installed() -> tuple[list[Peer], dict[str, str]]:
+def installed(peers: tuple[Peer, ...]) -> tuple[list[Peer], dict[str, str]]:
     """Peers whose package is there, and the others with the reason."""
-    present = [peer for peer in PEERS if peer.version is not None]
+    present = [peer for peer in peers if peer.version is not None]
     absent = {
-        peer.name: f"{peer.package} is not installed" for peer in PEERS if peer.version is None
+        peer.name: f"{peer.package} is not installed" for peer in peers if peer.version is None
     }
     return present, absent
 

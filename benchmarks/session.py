@@ -17,8 +17,12 @@ from benchmarks.records import Results
 
 Shape = tuple[int, int]  # out_features, in_features
 
-SECTIONS = ("linear", "backward", "quantize", "pack", "overhead", "model")
+SECTIONS = (
+    "linear", "packed", "backward", "quantize", "pack", "overhead", "model", "packed_model",
+)  # fmt: skip
+WITHOUT_MODELS = tuple(name for name in SECTIONS if not name.endswith("model"))
 SHAPES: tuple[Shape, ...] = ((14336, 4096), (4096, 4096), (4096, 11008), (768, 768), (1000, 999))
+PACKED_SHAPES: tuple[Shape, ...] = ((28672, 4096), (4096, 4096))  # at 4 bits beyond L3, and in it
 SETTLE = 0.003  # seconds in which the threads of another library go to sleep
 
 
@@ -42,6 +46,12 @@ class Settings:
         seconds: of a cell, all candidates together.
         longest: a call expected to take longer than so many seconds is not run.
         sample: seconds that a sample lasts at least.
+        packed_shapes: weights of the section of packed weights.
+        packed_tokens: rows of activations of that section.
+        width_tokens: those of them that every width runs at, not the main schemes only.
+        packed_reply: tokens that a packed model generates.
+        judged: tokens of text that the perplexity of a packed model is taken over.
+        model: that is packed, as the suite names it; None: the embedded one.
         are_small: whether the shapes are too small for speeds to mean anything.
     """
 
@@ -60,6 +70,12 @@ class Settings:
     seconds: float
     longest: float = 2.5
     sample: float = 1e-3
+    packed_shapes: tuple[Shape, ...] = PACKED_SHAPES
+    packed_tokens: tuple[int, ...] = (1, 4, 16, 128)
+    width_tokens: tuple[int, ...] = (1,)
+    packed_reply: int = 32
+    judged: int = 4096
+    model: str | None = "smollm2"
     are_small: bool = False
 
     def pace(self, threads: int, share: float = 1.0) -> Pace:
@@ -82,26 +98,28 @@ def full(threads: tuple[int, ...]) -> Settings:
     return Settings(
         SECTIONS, SHAPES, (1, 2, 4, 8, 16, 32, 96, 128, 512), (1, 16, 128),
         matrix=(8192, 4096), widths=tuple(range(1, 9)), reply=32, prompt=512,
-        rounds=15, seconds=1.2, **_common(threads),
+        rounds=15, seconds=1.2, width_tokens=(1, 16, 128), **_common(threads),
     )  # fmt: skip
 
 
 def quick(threads: tuple[int, ...]) -> Settings:
-    """Every section but the model, in some minutes."""
+    """Every section but the models, in some minutes."""
     return Settings(
-        SECTIONS[:-1], SHAPES, (1, 4, 16, 128), (1, 128),
+        WITHOUT_MODELS, SHAPES, (1, 4, 16, 128), (1, 128),
         matrix=(8192, 4096), widths=(1, 2, 4, 8), reply=0, prompt=0,
         rounds=7, seconds=0.7, longest=1.0, **_common(threads),
     )  # fmt: skip
 
 
 def smoke(threads: tuple[int, ...]) -> Settings:
-    """Every section but the model on small matrices, in seconds: that all of it still runs."""
+    """All that needs no download, on small matrices, in seconds: that all of it still runs."""
     common = _common(threads[:1]) | {"isas": quantization.isas()}
     return Settings(
-        SECTIONS[:-1], ((64, 96), (33, 65)), (1, 5), (3,),
+        (*WITHOUT_MODELS, "packed_model"), ((64, 96), (33, 65)), (1, 5), (3,),
         matrix=(64, 128), widths=(1, 3, 4, 8), reply=0, prompt=0,
-        rounds=3, seconds=0.02, longest=0.5, sample=1e-4, are_small=True, **common,
+        rounds=3, seconds=0.02, longest=0.5, sample=1e-4, are_small=True,
+        packed_shapes=((64, 256), (33, 65)), packed_tokens=(1, 5), width_tokens=(1,),
+        packed_reply=4, judged=200, model=None, **common,
     )  # fmt: skip
 
 

@@ -7,12 +7,15 @@ from dataclasses import dataclass, field
 
 from benchmarks.gauge import OURS
 from benchmarks.peers import BASELINE
+from benchmarks.peers_4bit import BITSANDBYTES
 from benchmarks.records import Results, Row, cells
 from benchmarks.tables import heading
 
 Cell = list[Row]
 Test = Callable[[Row, Cell], tuple[float, float] | None]  # (value, the least it should be)
 Bound = Callable[[Row], float | None]
+
+MANY = 96  # tokens from which a map is bound by arithmetic
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,8 @@ def _figures(best: str) -> list[Figure]:
     """All lines of the table; `best` is the candidate of the best instruction set."""
     linear = [*_limit_figures(best), *_race_figures(best), *_avx2_figures()]
     streams = [*_quantize_figures(best), *_pack_figures(best)]
-    return [*linear, *streams, *_call_figures(), *_right_figures()]
+    packed = [*_packed_race_figures(best), *_packed_rate_figures(best)]
+    return [*linear, *packed, *streams, *_call_figures(), *_right_figures()]
 
 
 def _limit_figures(best: str) -> list[Figure]:
@@ -202,6 +206,74 @@ def _avx2_figures() -> list[Figure]:
 
     title = "AVX2 forced: 0.80 of its own limit at M=1, 0.75 at M>=16"
     return [Figure(title, "linear", _reaches(bound))]
+
+
+def _packed_race_figures(best: str) -> list[Figure]:
+    raced = [f"{best} {scheme}" for scheme in ("w4g128", "nf4g64")]
+
+    def is_large(row: Row) -> bool:
+        is_shared = row.case["tokens"] == 1 and row.case["threads"] > 1
+        return row.candidate in raced and is_shared and row.values.get("level") == "DRAM"
+
+    def is_raced(row: Row) -> bool:
+        """In float32 bitsandbytes rounds its input where there are more tokens: no race."""
+        last = {"float32": 4, "bfloat16": 10**9}.get(row.case["dtype"], 0)
+        return row.candidate in raced and row.case["tokens"] <= last
+
+    def is_other(row: Row) -> bool:
+        return row.kind == "W4A16" and row.candidate != BITSANDBYTES
+
+    races = "M<=4 in float32, all M in bfloat16"
+    return [
+        Figure(
+            "w4g128 and nf4g64, M=1, all threads, beyond L3: 0.70 of the limit",
+            "packed", _reaches(lambda row: 0.70 if is_large(row) else None),
+        ),
+        Figure(
+            "w4g128 and nf4g64, M=1, all threads, beyond L3: faster than the int8 layer",
+            "packed", _beats(_named(f"{best} int8"), 1.0, is_large), strict=True,
+        ),
+        Figure(
+            f"w4g128 and nf4g64, {races}: faster than bitsandbytes nf4",
+            "packed", _beats(_named(BITSANDBYTES), 1.0, is_raced), strict=True,
+        ),
+        Figure(
+            f"w4g128 and nf4g64, {races}: 1.5x every other 4-bit peer",
+            "packed", _beats(is_other, 1.5, is_raced),
+        ),
+    ]  # fmt: skip
+
+
+def _packed_rate_figures(best: str) -> list[Figure]:
+    least = {f"{OURS}avx2": 8.0}
+    if best.startswith(f"{OURS}avx512"):
+        least[best] = 25.0
+
+    def rate(row: Row, cell: Cell) -> tuple[float, float] | None:
+        form, scheme = row.candidate.rsplit(" ", 1)
+        if row.case["tokens"] > 1 or form not in least or scheme not in _UNEVEN:
+            return None
+        asked = least[form] * row.case["threads"]
+        if "fraction" in row.values:
+            asked = min(asked, row.values["gweights"] / row.values["fraction"])
+        return row.values["gweights"], asked
+
+    def of_int8(row: Row, cell: Cell) -> tuple[float, float] | None:
+        form, scheme = row.candidate.rsplit(" ", 1)
+        if row.case["tokens"] < MANY or scheme == "int8":
+            return None
+        return _beats(_named(f"{form} int8"), 0.85, lambda row: True)(row, cell)
+
+    return [
+        Figure(
+            "1, 2, 3, 5, 6, 7 bits, M=1: 25 Gweights/s a core (AVX2: 8), or the limit if lower",
+            "packed", rate,
+        ),
+        Figure("any width, M>=96: 0.85 of the int8 layer", "packed", of_int8),
+    ]  # fmt: skip
+
+
+_UNEVEN = ("w1g64a", "binaryg64", "w2g64", "w3g64", "w5g64", "w6g64", "w7g64", "ternaryg64")
 
 
 def _quantize_figures(best: str) -> list[Figure]:

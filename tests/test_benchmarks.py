@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,8 @@ if not (ROOT / "benchmarks").is_dir():
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import summary, tables
+from benchmarks.bench_packed import INT8, MAIN, WIDTHS
+from benchmarks.bench_packed_model import SCHEMES
 from benchmarks.formulas import (
     Limit,
     LinearProblem,
@@ -30,7 +33,9 @@ from benchmarks.formulas import (
 )
 from benchmarks.harness import Candidate, Failure, Pace, Timing, take_turns
 from benchmarks.limits import Limits, arithmetic, compiler, vector_set
-from benchmarks.peers import PEERS, Problem, attempt, quiet
+from benchmarks.peers import PEERS, Peer, Problem, attempt, installed, quiet
+from benchmarks.peers_4bit import FOUR_BIT_PEERS
+from benchmarks.race import relative
 from benchmarks.records import Results, Row, add_ratios
 from benchmarks.summary import summarize
 
@@ -97,6 +102,7 @@ def test_traffic_of_a_linear_map() -> None:
     assert problem.backward_traffic == 110 + 3 * 10 * 2 + 2 * 3 * 7 * 2
     assert problem.flops == 2 * 3 * 10 * 7
     assert LinearProblem(10, 7, 3, 2, 4, bits=4).weight_bytes == 10 * (4 + 4)
+    assert LinearProblem(10, 11, 3, 2, 4, bits=Fraction(8, 5)).weight_bytes == 10 * (3 + 4)
 
 
 def test_the_limit_is_the_longer_of_two_times() -> None:
@@ -152,21 +158,40 @@ def test_limits_are_measured_and_only_sharpen() -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
-def test_each_peer_applies_the_weight(peer, dtype: str) -> None:
+def test_each_peer_applies_the_weight(peer: Peer, dtype: str) -> None:
+    assert error_of(peer, (48, 64), dtype) < 0.04
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("peer", FOUR_BIT_PEERS[1:], ids=lambda peer: peer.name)
+def test_each_4_bit_peer_applies_the_weight(peer: Peer, dtype: str) -> None:
+    assert 0.06 < error_of(peer, (64, 256), dtype) < 0.16
+
+
+def error_of(peer: Peer, shape: tuple[int, int], dtype: str) -> float:
+    """How far a peer's map of noise is from float64 arithmetic on the float weight."""
     if peer.version is None:
         pytest.skip(f"{peer.package} is not installed")
-    problem = Problem(torch.randn(48, 64, generator=torch.Generator().manual_seed(0)), dtype)
+    problem = Problem(torch.randn(shape, generator=torch.Generator().manual_seed(0)), dtype)
     if (reason := peer.why_not(problem)) is not None:
         pytest.skip(reason)
-    x = torch.randn(3, 64, generator=torch.Generator().manual_seed(1)).to(problem.torch_dtype)
+    noise = torch.randn(3, shape[1], generator=torch.Generator().manual_seed(1))
+    x = noise.to(problem.torch_dtype)
     with quiet(), torch.no_grad():
         apply = attempt(peer, problem, 1)
         if isinstance(apply, Failure):
             pytest.skip(apply.reason)
         y = apply(x)
     truth = x.double() @ problem.weight.double().T
-    assert y.dtype == problem.torch_dtype and y.shape == (3, 48)
-    assert (y.double() - truth).norm() < 0.04 * truth.norm()
+    assert y.dtype == problem.torch_dtype and y.shape == (3, shape[0])
+    return relative(y.double(), truth)
+
+
+def test_peers_that_are_not_installed_are_listed() -> None:
+    nobody = Peer("nobody", "W4A16", "no-such-distribution", lambda problem, threads: None)
+    present, absent = installed((*PEERS[:1], nobody))
+    assert present == [PEERS[0]]
+    assert absent == {"nobody": "no-such-distribution is not installed"}
 
 
 def test_what_would_crash_is_refused() -> None:
@@ -271,7 +296,9 @@ def test_smoke_writes_every_section(smoke: dict) -> None:
     expected = {"command", "machine", "settings", "limits", "absent", "summary", "rows"}
     assert set(entry) == expected
     sections = {row["section"] for row in entry["rows"]}
-    assert sections == {"linear", "backward", "quantize", "pack", "overhead"}
+    assert sections == {
+        "linear", "packed", "backward", "quantize", "pack", "overhead", "packed_model",
+    }  # fmt: skip
     assert entry["machine"]["isas"] and "--smoke" in entry["command"]
     for row in entry["rows"]:
         assert "reason" in row or 0 < row["p10"] <= row["median"] <= row["p90"]
@@ -284,16 +311,32 @@ def test_smoke_times_each_isa_right(smoke: dict) -> None:
         assert {r["section"] for r in ours if r["candidate"] == f"ours {isa}"} >= {
             "linear", "backward", "quantize", "pack",
         }  # fmt: skip
-    assert all(row["rounding"] < 1e-2 for row in ours if row["section"] == "linear")
+        of_isa = {r["candidate"] for r in ours if r["candidate"].startswith(f"ours {isa} ")}
+        assert of_isa == {f"ours {isa} {scheme}" for scheme in (INT8, *MAIN, *WIDTHS)}
+    mapped = [row for row in ours if row["section"] in ("linear", "packed")]
+    assert all(row["rounding"] < 1e-2 for row in mapped)
     assert all(row["exact"] for row in ours if "exact" in row)
     if shutil.which("cc"):
-        assert all(row["fraction"] > 0 for row in ours if row["section"] == "linear")
+        assert all(row["fraction"] > 0 for row in mapped)
+
+
+def test_smoke_judges_a_packed_model(smoke: dict) -> None:
+    rows = [row for row in smoke["entry"]["rows"] if row["section"] == "packed_model"]
+    for dtype in ("float32", "bfloat16"):
+        found = {row["candidate"]: row for row in rows if row["dtype"] == dtype}
+        assert tuple(found) == ("float", *SCHEMES)
+        sizes = [found[f"w{bits}g64a"]["bytes"] for bits in (6, 5, 4, 3, 2)]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] < found["float"]["bytes"]
+        assert found["w8"]["perplexity"] < 1.05 * found["float"]["perplexity"]
+        assert found["w8"]["perplexity"] < found["ternaryg64"]["perplexity"]
+        assert all(row["tokens_per_second"] > 0 for row in found.values())
 
 
 def test_smoke_prints_and_writes_tables(smoke: dict) -> None:
     assert "linear: shape 64x96, dtype float32, threads 1, tokens 5" in smoke["printed"]
     text = smoke["files"]["md"].read_text()
-    assert "times nn.Linear, and of the limit" in text and smoke["entry"]["command"] in text
+    assert "## Linear, avx2: times nn.Linear" in text or "avx2" not in text
+    assert "## The language model, by scheme" in text and smoke["entry"]["command"] in text
     if "plot" not in smoke["entry"]["absent"]:
         assert smoke["files"]["png"].read_bytes().startswith(b"\x89PNG")
 

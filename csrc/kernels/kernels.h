@@ -58,7 +58,7 @@ static inline size_t qk_packed_scratch_bytes(const qk_linear *linear)
     if (!linear->packed)
         return 0;
     size_t floats = (2 * QK_LINEAR_TILE + 2) * qk_packed_span(linear) + QK_LINEAR_TILE * 256;
-    return floats * sizeof(float) + QK_LINEAR_TILE * (linear->in_features / 4 + 8);
+    return floats * sizeof(float) + QK_LINEAR_TILE * (linear->in_features / 4 + 16);
 }
 
 /* Memory for a strip of that call: packed activations and weights, and sums. */
