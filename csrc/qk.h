@@ -162,16 +162,16 @@ enum { QK_BASE3 = 0 /* in place of a width: ternary codes, five to a byte (qk_pa
  * Rows of codes are dense (qk_packing: axis 1, straddle), each starts on a byte. A row has
  * groups = ceil(in_features / group) scales. */
 typedef struct qk_packed {
-    const uint8_t *codes;     /* [out_features][qk_packed_row_bytes] */
-    size_t bits;              /* 1..8, or QK_BASE3 */
-    size_t group;             /* codes that share a scale; at least 1 */
-    const void *scales;       /* [out_features][groups] */
-    const void *zeros;        /* NULL, or [out_features][groups], or packed as rows of codes are */
-    const void *codebook;     /* NULL, or [codebook_rows][2^bits] */
-    const float *scale_steps; /* NULL, or [out_features]: a uint8 scale u is u * step */
-    size_t codebook_rows;     /* 1 or out_features */
-    qk_dtype scales_dtype;    /* a float, or uint8: without steps 2^(u - 127), 255 is NaN */
-    qk_dtype zeros_dtype;     /* a float, or uint8: packed codes of `bits` bits */
+    const uint8_t *codes;    /* [out_features][qk_packed_row_bytes] */
+    size_t bits;             /* 1..8, or QK_BASE3 */
+    size_t group;            /* codes that share a scale; at least 1 */
+    const void *scales;      /* [out_features][groups] */
+    const void *zeros;       /* NULL, or [out_features][groups], or packed as rows of codes are */
+    const void *codebook;    /* NULL, or [codebook_rows][2^bits] */
+    const void *scale_steps; /* NULL, or float [out_features]: a uint8 scale u is u * step */
+    size_t codebook_rows;    /* 1 or out_features */
+    qk_dtype scales_dtype;   /* a float, or uint8: without steps 2^(u - 127), 255 is NaN */
+    qk_dtype zeros_dtype;    /* a float, or uint8: packed codes of `bits` bits */
     qk_dtype codebook_dtype;
 } qk_packed;
 

@@ -49,7 +49,8 @@ static inline float qk_packed_scale(const qk_packed *packed, size_t row, size_t 
     if (packed->scales_dtype != QK_UINT8)
         return (float)qk_load_source(packed->scales, index, packed->scales_dtype);
     uint8_t code = ((const uint8_t *)packed->scales)[index];
-    return packed->scale_steps ? (float)code * packed->scale_steps[row] : qk_from_exponent(code);
+    return packed->scale_steps ? (float)code * qk_load_float32(packed->scale_steps, row)
+                               : qk_from_exponent(code);
 }
 
 static inline float qk_packed_zero(const qk_packed *packed, size_t row, size_t group, size_t groups)

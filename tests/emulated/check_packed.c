@@ -53,7 +53,7 @@ static long double weight_at(const qk_linear *l, size_t row, size_t k)
     if (p->scales_dtype != QK_UINT8)
         scale = load(&scales_region, index, p->scales_dtype);
     else if (p->scale_steps)
-        scale = (long double)scales_region.data[index] * p->scale_steps[row];
+        scale = (long double)scales_region.data[index] * load(&steps_region, row, QK_FLOAT32);
     else
         scale = ldexp(1, scales_region.data[index] - 127);
     if (p->zeros && p->zeros_dtype != QK_UINT8)

@@ -106,11 +106,7 @@ def random_weights(
 
 def arguments(weights: Weights, offset: int) -> list[np.ndarray | None]:
     parts = (weights.codes, weights.scales, weights.steps, weights.zeros, weights.codebook)
-    aligned = weights.steps  # the only array that C reads as floats
-    return [
-        None if part is None else part if part is aligned else placed(part, offset)
-        for part in parts
-    ]
+    return [None if part is None else placed(part, offset) for part in parts]
 
 
 def type_number(name: str) -> int:
