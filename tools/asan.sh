@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# tools/asan.sh [python]: the kernel tests and the harness under gcc's address and undefined
-# behaviour sanitizers. The sanitized package is built aside, in build/asan.
+# tools/asan.sh [python [--no-harness]]: the kernel tests and the harness (which pytest runs too)
+# under gcc's address and undefined behaviour sanitizers. The package is built aside, in build/asan.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${1:-python}
 cc=${CC:-gcc}
 
-export QUANTIZATION_CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined \
+export QUANTIZATION_CFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=address,undefined \
 -fno-sanitize-recover=undefined"
 "$python" setup.py -q build --build-base build/asan --build-lib build/asan/lib
 
@@ -22,4 +22,4 @@ import quantization._kernels as kernels
 assert "build/asan" in kernels.__file__, f"the sanitized build was not found: {kernels.__file__}"
 '
 run -m pytest -q -p no:cacheprovider tests/kernels
-"$python" tests/emulated/targets.py native-sanitized
+[ "${2:-}" = --no-harness ] || "$python" tests/emulated/targets.py native-sanitized
