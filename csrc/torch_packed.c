@@ -21,8 +21,11 @@ static int open_packed(qk_call *c, qk_packed *packed, qk_linear *linear, int64_t
     const qk_tensor *codes = &c->tensors[CODES], *scales = &c->tensors[SCALES];
     const qk_tensor *steps = &c->tensors[STEPS], *zeros = &c->tensors[ZEROS];
     const qk_tensor *codebook = &c->tensors[CODEBOOK];
-    if (packed->bits > 8 || packed->group < 1)
+    if (packed->bits > 8 || (int64_t)packed->group < 1)
         return QK_FAIL(c, "bits must be 0 (base 3) or 1..8, and group at least 1");
+    if (packed->bits == QK_BASE3 && present & (HAS_ZEROS | HAS_CODEBOOK))
+        return QK_FAIL(c,
+                       "base-3 codes have neither zero points nor a codebook: bits must be 1..8");
     if (codes->dtype != QK_UINT8 || codes->dim != 2)
         return QK_FAIL(c, "weights must be uint8 [out_features, bytes of a packed row]");
     size_t rows = (size_t)codes->sizes[0], cols = linear->in_features, bits = packed->bits;
@@ -98,11 +101,13 @@ static int run_packed_backward(qk_call *c, uint64_t *stack, int64_t in_features,
 {
     if (!qk_open_tensors(c))
         return 0;
+    if (in_features < 0)
+        return QK_FAIL(c, "in_features must be 0 or more, not %lld", (long long)in_features);
     const qk_tensor *grad = &c->tensors[0];
     qk_linear linear = {.x_dtype = qk_dtype_of_torch(dtype), .y_dtype = grad->dtype};
     linear.in_features = (size_t)in_features;
-    if (!qk_check_float(c, grad) || in_features < 0 || !open_packed(c, &packed, &linear, present))
-        return in_features < 0 ? QK_FAIL(c, "in_features must be 0 or more") : 0;
+    if (!qk_check_float(c, grad) || !open_packed(c, &packed, &linear, present))
+        return 0;
     if (last_size(grad) != (int64_t)linear.out_features)
         return QK_FAIL(c, "grad must have %zu columns (out_features)", linear.out_features);
     linear.tokens = qk_rows_of(grad);

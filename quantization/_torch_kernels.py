@@ -157,6 +157,10 @@ def _check_packed(rows, tensors, in_features, bits, group, present) -> None:
         0 <= bits <= 8 and group >= 1,
         lambda: "bits must be 0 (base 3) or 1..8, and group at least 1",
     )
+    torch._check(
+        bits > 0 or not present & (HAS_ZEROS | HAS_CODEBOOK),
+        lambda: "base-3 codes have neither zero points nor a codebook: bits must be 1..8",
+    )
     out, groups = weights.shape[0], -(-in_features // group)
     torch._check(
         weights.dtype == torch.uint8

@@ -19,13 +19,16 @@ from quantization import _torch_kernels as kernels
 # tuples apart.
 
 
-def _filled(weights, scales, *optional):
+def _filled(weights, scales, steps, zeros, codebook):
     """What a packed operator takes: scales where a tensor is not, and which of them there are."""
-    flags = (kernels.HAS_STEPS, kernels.HAS_ZEROS, kernels.HAS_CODEBOOK)
-    present = 0
-    for flag, tensor in zip(flags, optional, strict=True):
-        present |= flag if tensor is not None else 0
-    return (weights, scales, *(scales if t is None else t for t in optional)), present
+    present = kernels.HAS_STEPS | kernels.HAS_ZEROS | kernels.HAS_CODEBOOK
+    if steps is None:
+        steps, present = scales, present ^ kernels.HAS_STEPS
+    if zeros is None:
+        zeros, present = scales, present ^ kernels.HAS_ZEROS
+    if codebook is None:
+        codebook, present = scales, present ^ kernels.HAS_CODEBOOK
+    return (weights, scales, steps, zeros, codebook), present
 
 
 def _forward(x, bias, dtype, bits, group, *tensors):
@@ -259,5 +262,9 @@ def packed_linear(
     if out_dtype is None:
         out_dtype = _output_dtype(x)
     _refuse_trained(scales)
+    if group < 1:  # 0 would say: int8 rows
+        raise RuntimeError(f"group is {group}; a scale serves 1 code at least")
+    if x.shape[-1] == 0:  # no group, though a scheme without groups has a scale all the same
+        scales, zero_points = scales[:, :0], None
     tensors = (weights, scales, scale_steps, zero_points, codebook)
     return _map(x, bias, out_dtype, bits, group, *tensors)

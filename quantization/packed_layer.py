@@ -280,10 +280,6 @@ def _checked_linear(input: torch.Tensor, in_features: int, *rest: Any) -> torch.
         raise RuntimeError(
             f"input has {input.size(-1)} features in its last dimension, this layer {in_features}"
         )
-    if not in_features:  # no group, though a scheme without groups has a scale
-        rows, bias = rest[0].shape[0], rest[5]
-        offsets = None if bias is None else bias.to(input.dtype)
-        return nn.functional.linear(input, input.new_zeros(rows, 0), offsets)
     return _torch_ops.packed_linear(input, *rest)
 
 

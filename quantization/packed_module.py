@@ -9,7 +9,6 @@ from typing import Any
 import torch
 
 from quantization.dtypes import name_of
-from quantization.packed_rows import TERNARY
 from quantization.packed_weights import PackedWeights, pack_matrix
 from quantization.quantized_module import QuantizedModule, check_weight
 from quantization.scheme import Scheme, scheme_of
@@ -55,8 +54,7 @@ class PackedModule(QuantizedModule):
 
     def _measure(self, shape: tuple[int, int]) -> None:
         """What the operator is told beside the buffers."""
-        self._bits = TERNARY if self._scheme.grid == "ternary" else self._scheme.bits
-        self._group = self._scheme.group(shape[1])
+        self._bits, self._group, *_ = self._scheme.kernel_numbers(shape[1])
 
     @property
     def scheme(self) -> Scheme:

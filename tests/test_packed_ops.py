@@ -39,8 +39,7 @@ def parts(scheme: str, dtype: torch.dtype = torch.float32) -> tuple:
         packed.zero_points,
         packed.codebook,
     )
-    bits = 0 if packed.scheme.grid == "ternary" else packed.scheme.bits
-    return tensors, (bits, packed.scheme.group(IN)), packed.dequantize(torch.float64)
+    return tensors, packed.scheme.kernel_numbers(IN)[:2], packed.dequantize(torch.float64)
 
 
 def function(scheme: str, dtype: torch.dtype = torch.float32) -> tuple[Callable, torch.Tensor]:
@@ -162,6 +161,32 @@ def test_what_does_not_fit_is_refused(change: Callable, message: str) -> None:
     tensors, numbers, _ = parts("w4g16a")
     with pytest.raises(RuntimeError, match=message):
         packed_linear(rows(2), *change(tensors), BIAS, *numbers)
+
+
+@pytest.mark.parametrize(
+    ("bits", "group", "message"),
+    [
+        (9, 16, "bits must be"),
+        (4, 0, "group is 0"),
+        (4, -1, "group is -1"),
+        (0, 16, "base-3"),
+    ],
+)
+def test_numbers_out_of_range_are_refused(bits: int, group: int, message: str) -> None:
+    tensors, _, _ = parts("w4g16a")
+    with pytest.raises(RuntimeError, match=message):
+        packed_linear(rows(2), *tensors, BIAS, bits, group)
+
+
+@pytest.mark.parametrize("scheme", ["w4", "w4g32a", "nf4", "ternary"])
+def test_rows_of_nothing_give_the_bias(scheme: str) -> None:
+    packed = pack_matrix(torch.empty(OUT, 0), scheme)
+    tensors = (packed.packed_weights, packed.scales, None, packed.zero_points, packed.codebook)
+    x = torch.randn(3, 0, requires_grad=True)
+    y = packed_linear(x, *tensors, BIAS, *packed.scheme.kernel_numbers(0)[:2])
+    assert torch.equal(y, BIAS.expand(3, OUT))
+    y.sum().backward()
+    assert x.grad.shape == (3, 0)
 
 
 def test_scales_that_ask_for_a_gradient_are_refused() -> None:
