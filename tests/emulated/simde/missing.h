@@ -176,23 +176,4 @@ static inline __m512i emulated_two_to_bfloat16(__m512 high, __m512 low)
 #define _mm512_cvtneps_pbh(numbers)    emulated_to_bfloat16(numbers)
 #define _mm512_cvtne2ps_pbh(high, low) emulated_two_to_bfloat16(high, low)
 
-/* Lane by lane, on arrays. */
-#define DEFINE_EMULATED(name, vector, type, parameters, lanes_in, expression)                      \
-    static inline vector name parameters                                                           \
-    {                                                                                              \
-        enum { COUNT = sizeof(vector) / sizeof(type) };                                            \
-        type to[COUNT];                                                                            \
-        vector made;                                                                               \
-        lanes_in for (int i = 0; i < COUNT; i++) to[i] = (type)(expression);                       \
-        memcpy(&made, to, sizeof made);                                                            \
-        return made;                                                                               \
-    }
-#define EMULATED_IN(type, array, v)                                                                \
-    type array[sizeof v / sizeof(type)];                                                           \
-    memcpy(array, &v, sizeof v);
-
-DEFINE_EMULATED(emulated_gather_ps, __m512, float, (__m512i places, const void *base),
-                EMULATED_IN(uint32_t, place, places), ((const float *)base)[place[i]])
-#define _mm512_i32gather_ps(places, base, scale) emulated_gather_ps(places, base)
-
 #endif
