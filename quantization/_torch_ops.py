@@ -264,7 +264,7 @@ def packed_linear(
     _refuse_trained(scales)
     if group < 1:  # 0 would say: int8 rows
         raise RuntimeError(f"group is {group}; a scale serves 1 code at least")
-    if x.shape[-1] == 0:  # no group, though a scheme without groups has a scale all the same
+    if weights.shape[-1] == 0:  # no group, though a scheme without groups has a scale all the same
         scales, zero_points = scales[:, :0], None
     tensors = (weights, scales, scale_steps, zero_points, codebook)
     return _map(x, bias, out_dtype, bits, group, *tensors)
