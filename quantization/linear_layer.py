@@ -18,13 +18,15 @@ from quantization.dtypes import name_of, target_of
 from quantization.linear import LinearKernel, linear_kernel, quantized_forward
 from quantization.linear_quantizer import Granularity, quantize_linear
 from quantization.module_walker import float_parts
+from quantization.packed_weights import PackedWeights
 from quantization.quantized_module import QuantizedLinear, check_weight
 from quantization.replacement import replace_linear_layers_with_w8a16
+from quantization.scheme import Scheme
+from quantization.scheme_conversion import int8_parts
 from quantization.target import Target, accepted, target_class_from
 
 if TYPE_CHECKING:
     from quantization.packed_layer import PackedLinearLayer
-    from quantization.scheme import Scheme
 
 __all__ = [
     "QWQALinearLayer",
@@ -147,6 +149,47 @@ per row, 768 bytes)
         layer.quantize(weight, **accepted(layer.quantize, nonfinite=nonfinite, name=name))
         layer._dress(linear, bias)
         return layer
+
+    @classmethod
+    def from_packed(cls, packed: PackedWeights, bias: torch.Tensor | None = None) -> Self:
+        """The int8 layer of exactly the weight that is packed already.
+
+        Args:
+            packed: of torch tensors. Under ``Scheme.int8()`` the layer holds them, not copies.
+            bias: floats ``[out_features]``, or None.
+
+        Raises:
+            ValueError: where there is none: a row has several scales, or a code stands for no whole
+                number of -128..127.
+
+        Example:
+            >>> layer = QWQALinearLayer(16, 32)
+            >>> again = QWQALinearLayer.from_packed(layer.packed(), layer.bias)
+            >>> again.int8_weights.data_ptr() == layer.int8_weights.data_ptr()
+            True
+        """
+        codes, scales = int8_parts(packed)
+        (rows, cols), dtype = packed.shape, getattr(torch, packed.dtype)
+        layer = cls(cols, rows, False, dtype, device="meta")
+        layer._take({_CODES: codes, "scales": scales}, packed.shape)
+        layer.bias = bias
+        return layer
+
+    def packed(self) -> PackedWeights:
+        """The weight as a value, under ``Scheme.int8()``: the layer's own tensors, not copied.
+
+        Example:
+            >>> QWQALinearLayer(16, 32).packed().scales.shape
+            torch.Size([32, 1])
+        """
+        codes, scales = self._buffers[_CODES], self._buffers["scales"]
+        return PackedWeights(
+            Scheme.int8(),
+            self._weight_shape(),
+            codes.view(torch.uint8),
+            scales.unsqueeze(1),
+            dtype=scales.dtype,
+        )
 
     def quantize(
         self, weights: torch.Tensor, *, nonfinite: str = "raise", name: str = "weights"

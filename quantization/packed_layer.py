@@ -20,7 +20,7 @@ from quantization.packed_module import DEFAULT_SCHEME, PackedModule
 from quantization.packed_weights import PackedWeights
 from quantization.quantized_module import QuantizedLinear
 from quantization.scheme import Scheme, scheme_of
-from quantization.scheme_conversion import int8_parts, repack
+from quantization.scheme_conversion import repack
 
 __all__ = ["PackedLinearLayer"]
 
@@ -255,13 +255,8 @@ weights=w4g64a, 1,312 bytes)
             >>> bool((layer.to_int8().weight == layer.weight).all())
             True
         """
-        codes, scales = int8_parts(self.packed())
-        bias = None if self.bias is None else self.bias.detach()
-        layer = QWQALinearLayer(
-            self.in_features, self.out_features, False, self.dtype, device="meta"
-        )
-        layer._take({"int8_weights": codes, "scales": scales}, self._weight_shape())
-        layer._dress(self, bias)
+        layer = QWQALinearLayer.from_packed(self.packed())
+        layer._dress(self, None if self.bias is None else self.bias.detach())
         return layer
 
     def extra_repr(self) -> str:
@@ -291,14 +286,7 @@ def packed_from_int8(layer: QWQALinearLayer, scheme: Scheme | str) -> PackedLine
         >>> bool((packed_from_int8(layer, "int8").weight == layer.weight).all())
         True
     """
-    packed = PackedWeights(
-        Scheme.int8(),
-        (layer.out_features, layer.in_features),
-        layer.int8_weights.view(torch.uint8),
-        layer.scales.unsqueeze(1),
-        dtype=layer.dtype,
-    )
-    return _relaid(layer, packed, scheme)
+    return _relaid(layer, layer.packed(), scheme)
 
 
 def _relaid(

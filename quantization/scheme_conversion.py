@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from quantization.dtypes import name_of
 from quantization.granularity import Granularity
 from quantization.packed_module import pack_as
 from quantization.packed_weights import PackedWeights
@@ -72,6 +73,8 @@ def _exactly(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
 def int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes int8 ``[out, in]`` and scales ``[out]`` of exactly the same weight.
 
+    Under ``Scheme.int8()`` they are views of the tensors that are there.
+
     Raises:
         ValueError: if there are none; the message says why.
 
@@ -87,6 +90,8 @@ def int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
     scheme, cols = packed.scheme, packed.shape[1]
+    if scheme == Scheme.int8() and name_of(packed.scales.dtype) == packed.dtype:
+        return packed.packed_weights.view(torch.int8), packed.scales.squeeze(1)
     if scheme.groups(cols) > 1:
         raise ValueError(
             f"scheme {scheme} gives a row {scheme.groups(cols)} scales, and int8 layers have one: "

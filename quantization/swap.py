@@ -84,7 +84,7 @@ def swap(
     share_weights([(layer.module, layer.new) for layer in layers if layer.new is not None])
     swapped = {id(layer.module): layer.new for layer in layers if layer.new is not None}
     report = _report(sites, layers, target, swapped, {"noun": noun} | words)
-    _assign(_stores(sites, swapped))
+    assign(stores_of(sites, swapped))
     return report
 
 
@@ -263,9 +263,13 @@ def _shape(module: Any, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
 # ---- phase two: assign -----------------------------------------------------------------------
 
 
-def _stores(sites: list[Site], swapped: dict[int, nn.Module]) -> list[tuple[dict, str, Any, Any]]:
-    """What to write: (dict, key, new value, old value)."""
-    stores: list[tuple[dict, str, Any, Any]] = [
+#: What to write: (mapping, key, new value, old value).
+Store = tuple[dict[str, Any], str, Any, Any]
+
+
+def stores_of(sites: list[Site], swapped: dict[int, nn.Module]) -> list[Store]:
+    """What puts new modules, by the id of the old one, in the places of a model."""
+    stores: list[Store] = [
         (site.parent._modules, site.key, swapped[id(site.module)], site.module)
         for site in sites
         if site.parent is not None and id(site.module) in swapped
@@ -291,11 +295,12 @@ def _has_weight(module: nn.Module) -> bool:
     return hasattr(type(module), "weight") or "weight" in {*module._parameters, *module._buffers}
 
 
-def _flag(module: nn.Module, name: str, value: Any) -> tuple[dict, str, Any, Any]:
+def _flag(module: nn.Module, name: str, value: Any) -> Store:
     return module.__dict__, name, value, module.__dict__.get(name, value)
 
 
-def _assign(stores: list[tuple[dict, str, Any, Any]]) -> None:
+def assign(stores: list[Store]) -> None:
+    """Write all of it, or, if an interrupt comes in between, none."""
     try:
         for mapping, key, new, _ in stores:
             mapping[key] = new

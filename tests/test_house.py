@@ -90,6 +90,8 @@ FLOORS = {
     "recipe": 7.3,
     "experts": 7.3,
     "model_quantizer": 7.6,
+    "stored_model": 7.6,
+    "restore": 7.8,
     "demo": 8,
     "model_download": 8,
     "weight_checks": 8,
