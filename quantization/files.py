@@ -1,0 +1,154 @@
+"""Files and folders that appear whole or not at all, and names that stay inside their folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["free_place", "member", "new_file", "new_folder", "put_in_place", "sync"]
+
+
+@contextmanager
+def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """A folder beside ``path`` to fill, which takes that name once the block ends without error.
+
+    On an error it is removed, and what was at ``path`` is as it was. All files are on the disk
+    before the name is given.
+
+    Args:
+        path: where the folder is to be.
+        overwrite: whether a folder there may be replaced.
+
+    Raises:
+        FileExistsError: if something is at ``path``: without ``overwrite`` anything but an empty
+            folder, with it anything but a folder.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     with new_folder(f"{place}/model") as folder:
+        ...         _ = (folder / "config.json").write_text("{}")
+        ...     os.listdir(f"{place}/model")
+        ['config.json']
+    """
+    path = free_place(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
+    try:
+        folder.chmod(0o777 & ~_umask())
+        yield folder
+        put_in_place(folder, path)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def free_place(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
+    """``path``, if a folder may be put there.
+
+    Raises:
+        FileExistsError: as :func:`new_folder` says.
+    """
+    path = Path(path)
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise FileExistsError(f"{path} is there and is no folder")
+    if path.exists() and any(path.iterdir()) and not overwrite:
+        raise FileExistsError(f"the folder {path} is there and not empty; overwrite=True replaces it")
+    return path
+
+
+def put_in_place(folder: Path, path: Path) -> None:
+    """Give a finished folder its name; an older folder of that name is removed."""
+    for file in folder.rglob("*"):
+        sync(file)
+    sync(folder)
+    if not path.exists():
+        folder.rename(path)
+    else:
+        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        path.rename(old / "old")
+        try:
+            folder.rename(path)
+        except BaseException:
+            (old / "old").rename(path)
+            raise
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    sync(path.parent)
+
+
+@contextmanager
+def new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
+    """The name of a file beside ``path`` to write, which takes its place if the block succeeds.
+
+    Raises:
+        FileExistsError: if a file is at ``path``, without ``overwrite``; or no file but a folder.
+
+    Example:
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     with new_file(f"{place}/a.txt") as temporary:
+        ...         _ = temporary.write_text("whole")
+        ...     open(f"{place}/a.txt").read()
+        'whole'
+    """
+    path = Path(path)
+    if path.is_dir() or (path.exists() and not overwrite):
+        what = "is a folder" if path.is_dir() else "is there; overwrite=True replaces it"
+        raise FileExistsError(f"{path} {what}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o666 & ~_umask())
+        sync(temporary)
+        temporary.replace(path)
+        sync(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def member(folder: str | os.PathLike[str], name: object) -> Path:
+    """The file of that name in a folder, for names that come out of a file.
+
+    Raises:
+        ValueError: if the name is none of a file right in the folder: a path, ``..``, no text. A link
+            is followed, as the caches of model hubs are made of them.
+        FileNotFoundError: if there is no such file.
+
+    Example:
+        >>> member(".", "../secret")
+        Traceback (most recent call last):
+            ...
+        ValueError: '../secret' is no name of a file in .; names of other places are not followed
+    """
+    folder = Path(folder)
+    is_plain = isinstance(name, str) and name not in ("", ".", "..")
+    if not is_plain or any(sign in name for sign in "/\\:\0"):
+        raise ValueError(
+            f"{name!r} is no name of a file in {folder}; names of other places are not followed"
+        )
+    path = folder / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} has no file {name}")
+    return path
+
+
+def sync(path: Path) -> None:
+    """Wait until a file or folder is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
