@@ -1,0 +1,71 @@
+"""Several processes share a model: two and four, started by torchrun on gloo."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
+    pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
+
+from launch import PASSED, ROOT, names_of_checks, outcomes, torchrun
+
+from quantization.model_download import cached
+
+SCRIPT = Path(__file__).with_name("shared_checks.py")
+EXAMPLE = ROOT / "examples" / "tensor_parallel.py"
+NAMES = names_of_checks(SCRIPT)
+LLAMAS = [name for name in NAMES if "llama" in name or "heads" in name]
+PLAIN = [name for name in NAMES if name not in LLAMAS]
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """What every rank says of each check, by two and by four processes."""
+    names = list(PLAIN)
+    try:
+        import transformers  # noqa: F401
+    except ImportError:
+        pass
+    else:
+        names += LLAMAS
+    return outcomes(request.param, SCRIPT, tmp_path_factory.mktemp("ranks"), *names)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_processes_together(name: str, found: dict[str, list[str]]) -> None:
+    if name not in found:
+        pytest.skip("needs transformers")
+    for rank, told in enumerate(found[name]):
+        assert told == PASSED, f"process {rank}: {told}"
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_example(count: int) -> None:
+    pytest.importorskip("transformers")
+    told = torchrun(count, EXAMPLE)
+    assert "same answer" in told
+    assert_even(told, count)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_the_real_model(count: int) -> None:
+    for module in ("transformers", "gguf", "accelerate"):
+        pytest.importorskip(module)
+    if not cached("smollm2").is_dir():
+        pytest.skip(
+            "smollm2 is not in the cache: python -m quantization --model smollm2 fetches it"
+        )
+    told = torchrun(count, EXAMPLE, "--model", "smollm2", timeout=600)
+    assert "same answer" in told
+    assert_even(told, count)
+
+
+def assert_even(told: str, count: int) -> None:
+    """Each process holds 1/n of the bytes of the quantized layers, and says so."""
+    shares = [line.split("(")[1].rstrip(")") for line in told.splitlines() if "  process" in line]
+    assert len(shares) == count
+    assert all(abs(float(share) - 1 / count) < 0.001 for share in shares), told
