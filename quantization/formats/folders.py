@@ -43,7 +43,7 @@ class Folder:
     Attributes:
         path: of the folder.
         tensors: of all files by key.
-        config: of transformers, without the settings; None without a file.
+        config: of transformers, without the settings; None where there is nothing else.
         settings: how the model was quantized, keys in lower case.
         assets: further files that belong to the model.
     """
@@ -169,7 +169,7 @@ def open_folder(
     if given != method:
         raise FormatError(f"{path} was quantized by {given!r:.60}, not by {method!r}")
     assets = tuple(asset for asset in assets_of(files) if asset.name != sidecar)
-    return Folder(path, files.tensors(), config, settings, assets)
+    return Folder(path, files.tensors(), config or None, settings, assets)
 
 
 def _settings(
