@@ -102,7 +102,7 @@ FLOORS = {
     "model_sources": 9,
     "quality": 10,
     "main": 11,
-    "formats": 8,
+    "formats": 8.4,
     "cli": 11.5,
     "__main__": 12,
 }
