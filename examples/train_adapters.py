@@ -1,10 +1,8 @@
 """Low-rank adapters on a quantized model, trained by two processes: DDP, then FSDP2.
 
     python examples/train_adapters.py
-    torchrun --nproc-per-node 2 examples/train_adapters.py
 
-The codes are buffers: they never learn, and every process holds all of them. What is averaged over
-the processes (DDP) or spread over them (FSDP2) is what learns.
+Codes are buffers: they never learn, and every process holds all of them.
 """
 
 import copy
@@ -19,7 +17,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from quantization import quantize_model
 
-WIDTH, RANK, STEPS = 64, 4, 30
+if "RANK" not in os.environ:  # not by torchrun: do what it does
+    from torch.distributed import run
+
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    run.main(["--standalone", "--nproc-per-node=2", *sys.argv])
+    raise SystemExit
 
 
 class Adapted(nn.Module):
@@ -28,52 +31,30 @@ class Adapted(nn.Module):
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
         self.layer = layer
-        self.down = nn.Linear(layer.in_features, RANK, bias=False)
-        self.up = nn.Linear(RANK, layer.out_features, bias=False)
-        nn.init.zeros_(self.up.weight)
+        self.down = nn.Linear(layer.in_features, 4, bias=False)
+        self.up = nn.Linear(4, layer.out_features, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Both maps of ``x``."""
         return self.layer(x) + self.up(self.down(x))
 
 
-def train(model: nn.Module) -> float:
-    """The last loss, averaged over the processes; each sees a part of every batch of its own."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    data = torch.Generator().manual_seed(dist.get_rank())
-    for _ in range(STEPS):
-        x = torch.randn(16, WIDTH, generator=data)
-        loss = (model(x) - x.roll(1, -1)).square().mean()
+dist.init_process_group("gloo")
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+quantize_model(model, "w4g32a")
+model = nn.Sequential(Adapted(model[0]), model[1], Adapted(model[2]))
+for wrap in (DistributedDataParallel, fully_shard):
+    trained = wrap(copy.deepcopy(model))
+    optimizer = torch.optim.Adam(trained.parameters(), lr=0.02)
+    data = torch.Generator().manual_seed(dist.get_rank())  # each process has batches of its own
+    for _ in range(30):
+        x = torch.randn(16, 64, generator=data)
+        loss = (trained(x) - x.roll(1, -1)).square().mean()
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    mean = loss.detach().clone()
-    dist.all_reduce(mean)
-    return float(mean) / dist.get_world_size()
-
-
-def main() -> None:
-    """Build, quantize, adapt and train."""
-    dist.init_process_group("gloo")
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(WIDTH, 128), nn.GELU(), nn.Linear(128, WIDTH))
-    quantize_model(model, "w4g32a")
-    model = nn.Sequential(Adapted(model[0]), model[1], Adapted(model[2]))
-    codes = [buffer.clone() for buffer in model.buffers()]
-    for name, wrap in (("DDP", DistributedDataParallel), ("FSDP2", fully_shard)):
-        wrapped = wrap(copy.deepcopy(model))
-        loss = train(wrapped)
-        kept = all(map(torch.equal, codes, wrapped.buffers()))
-        if dist.get_rank() == 0:
-            print(f"{name}: loss {loss:.4f} after {STEPS} steps, codes as they were: {kept}")
-    dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    if "RANK" in os.environ:
-        main()
-    else:  # what torchrun does
-        from torch.distributed import run
-
-        os.environ.setdefault("OMP_NUM_THREADS", "1")
-        run.main(["--standalone", "--nproc-per-node=2", *sys.argv])
+    if dist.get_rank() == 0:
+        kept = all(map(torch.equal, model.buffers(), trained.buffers()))
+        print(f"{wrap.__name__}: loss {loss.item():.4f}, codes as they were: {kept}")
+dist.destroy_process_group()
