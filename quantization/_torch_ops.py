@@ -159,9 +159,7 @@ def output_dtype(x: torch.Tensor) -> torch.dtype:
         ...     output_dtype(torch.ones(1))
         torch.bfloat16
     """
-    device = x.device.type
-    if device == "meta":  # autocast knows none: that of the CPU is followed
-        device = "cpu"
+    device = "cpu" if x.is_cpu or x.is_meta else x.device.type  # is_cpu is fast; meta has none
     if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
     return x.dtype
