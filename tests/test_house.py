@@ -93,6 +93,7 @@ FLOORS = {
     "files": 1,
     "stored_model": 7.6,
     "restore": 7.8,
+    "formats": 8,
     "demo": 8,
     "model_download": 8,
     "weight_checks": 8,
