@@ -40,9 +40,10 @@ from quantization.formats.errors import FormatError, need
 from quantization.formats.gguf_blocks import TYPES
 from quantization.formats.gguf_config import rope_factors, sizes_of, write_config
 from quantization.formats.gguf_names import EMBEDDING, HEAD, Names, architecture_for
-from quantization.formats.gguf_packed import blocks_of, type_for
+from quantization.formats.gguf_packed import blocks_of
 from quantization.formats.gguf_reader import PLAIN, PLAIN_KEY, ROPE, read_gguf
 from quantization.formats.gguf_tokenizer import save_tokenizer, write_tokenizer
+from quantization.formats.gguf_types import type_for
 from quantization.stored_model import StoredLayer, StoredModel, StoredTensor
 
 __all__ = ["WrittenTensor", "read_gguf", "save_tokenizer", "write_gguf"]

@@ -1,24 +1,22 @@
-"""Between blocks of GGUF and packed weights: which type holds which scheme, and what is lost.
+"""From blocks of GGUF to packed weights and back, and what is lost on the way.
 
-A scheme of whole levels (integers without or with whole zero points, ternary, binary) goes into the
-smallest of TQ1_0, TQ2_0, Q4_0, Q5_0 and Q8_0 that holds its levels, so that ``w4g32a+f16``, whose
-codes less zero points are -15..15, is exact in Q5_0. Float zero points go into Q4_1 and Q5_1,
-``mxfp4`` into MXFP4. Rows are whole numbers of blocks, and a block has one scale: groups are whole
-blocks, or rows. Scales and minima are float16 in the file.
+Scales and minima are float16 in a file: numbers that float16 does not hold are refused, or rounded
+on request.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from quantization.codebooks import E2M1
 from quantization.formats.errors import FormatError
-from quantization.formats.gguf_blocks import IQ4_LEVELS, TYPES, Blocks, BlockType
+from quantization.formats.gguf_blocks import IQ4_LEVELS, Blocks, BlockType
+from quantization.formats.gguf_types import WITH_MINIMA, has_float_zeros
 from quantization.packed_weights import PackedWeights
 from quantization.parameters import Mode
 from quantization.scheme import Scheme
@@ -26,14 +24,11 @@ from quantization.scheme_conversion import whole_levels
 from quantization.stored_scales import restore
 from quantization.weight_pack import pack_weights, unpack_weights
 
-__all__ = ["blocks_of", "packed_of", "type_for"]
+__all__ = ["blocks_of", "packed_of"]
 
 _AT_ONCE = 1 << 20  # weights whose temporaries are in memory together
 _PER_ROW = ("packed_weights", "scales", "scale_steps", "zero_points")
-_WITH_MINIMA = ("Q4_1", "Q5_1")
-_OF_LEVELS = ("TQ1_0", "TQ2_0", "Q4_0", "Q5_0", "Q8_0")
 _LEVELS = {"mxfp4": E2M1, "kmeans": IQ4_LEVELS}
-_LARGEST_BYTE = 127
 
 
 # ---- from a file -------------------------------------------------------------------------------
@@ -57,6 +52,7 @@ def packed_of(
         FormatError: if a block stands for no numbers, or a zero point is beyond ``dtype``.
 
     Example:
+        >>> from quantization.formats.gguf_blocks import TYPES
         >>> block = np.array([[0, 0x3C, *range(16)]], "uint8")  # a scale of 1, and 32 codes
         >>> packed_of(block, TYPES["Q4_0"], "w").dequantize()[0, :3]
         tensor([-8., -7., -6.])
@@ -136,94 +132,6 @@ def _as_dtype(zeros: torch.Tensor, dtype: torch.dtype, name: str) -> torch.Tenso
     return cast
 
 
-# ---- which type --------------------------------------------------------------------------------
-
-
-def type_for(scheme: Scheme, cols: int, name: str, wanted: str | None = None) -> BlockType:
-    """The type of block that holds weights of a scheme: the smallest one that is sure to.
-
-    Args:
-        scheme: of the weights.
-        cols: weights of a row.
-        name: what error messages call them.
-        wanted: the type to use instead, if it can hold them.
-
-    Raises:
-        FormatError: if there is none, or not the one that is wanted; the message says why.
-
-    Example:
-        >>> type_for(Scheme.parse("w3g64"), 128, "w").name
-        'Q4_0'
-        >>> type_for(Scheme.parse("w8"), 100, "w")
-        Traceback (most recent call last):
-        ...
-        quantization.formats.errors.FormatError: w (scheme w8) does not fit Q8_0 of GGUF: rows of \
-100 weights are no whole number of blocks of 32; schemes that fit are ternaryg256+f16, mxfp4, \
-w4g32+f16, w4g32af+f16, w5g32+f16, w5g32af+f16, w8g32+f16, or write floats: types={'w': 'F16'}
-    """
-    reason = None
-    for kind in [wanted] if wanted else _candidates(scheme):
-        reason = _why_not(scheme, cols, TYPES[kind])
-        if reason is None:
-            return TYPES[kind]
-    fitting = dict.fromkeys(each.scheme for each in TYPES.values() if each.encode)
-    raise FormatError(
-        f"{name} (scheme {scheme}) does not fit {kind} of GGUF: {reason}; schemes that fit are "
-        f"{', '.join(fitting)}, or write floats: types={{{name!r}: 'F16'}}"
-    )
-
-
-def _candidates(scheme: Scheme) -> tuple[str, ...]:
-    if scheme.grid == "mxfp4":
-        return ("MXFP4",)
-    return _WITH_MINIMA if _has_float_zeros(scheme) else _OF_LEVELS
-
-
-def _has_float_zeros(scheme: Scheme) -> bool:
-    return scheme.mode is Mode.Asymmetric and scheme.zero_point == "float"
-
-
-def _levels(scheme: Scheme) -> tuple[int, int]:
-    """The smallest and largest level that codes may stand for, after whole zero points."""
-    if scheme.grid in ("ternary", "binary"):
-        return -1, 1
-    if scheme.mode is Mode.Asymmetric:  # of 8 bits the numbers that are there decide
-        top = min((1 << scheme.bits) - 1, _LARGEST_BYTE)
-        return -top, top
-    return -(1 << scheme.bits - 1), (1 << scheme.bits - 1) - 1
-
-
-def _why_not(scheme: Scheme, cols: int, kind: BlockType) -> str | None:
-    """Why blocks of a type cannot hold weights of a scheme, in words; else None."""
-    reason = _why_not_codes(scheme, kind)
-    if reason is None and cols % kind.length:
-        reason = f"rows of {cols} weights are no whole number of blocks of {kind.length}"
-    group = scheme.group(cols)
-    if reason is None and scheme.groups(cols) > 1 and group % kind.length:
-        reason = f"groups of {group} weights are no whole number of blocks of {kind.length}"
-    return reason
-
-
-def _why_not_codes(scheme: Scheme, kind: BlockType) -> str | None:
-    if (scheme.grid == "mxfp4") != (kind.name == "MXFP4"):
-        return "mxfp4 is for MXFP4, and MXFP4 for mxfp4"
-    if scheme.grid == "mxfp4":
-        return None
-    if scheme.grid not in ("integer", "ternary", "binary"):
-        return f"no block has the levels of the grid {scheme.grid}"
-    low, high = _levels(scheme)
-    if kind.name in _WITH_MINIMA:
-        if scheme.mode is Mode.Symmetric:
-            return "its blocks have minima, and the scheme no zero points"
-        low, high = 0, (1 << scheme.bits) - 1
-    elif _has_float_zeros(scheme):
-        return "its blocks have no minima, which float zero points need"
-    least, most = kind.codes
-    if low < least or high > most:
-        return f"codes of {low}..{high} are not within {least}..{most}"
-    return None
-
-
 # ---- into a file -------------------------------------------------------------------------------
 
 
@@ -234,7 +142,7 @@ def blocks_of(
 
     Args:
         packed: of torch tensors.
-        kind: as :func:`type_for` chose it.
+        kind: as :func:`quantization.formats.gguf_types.type_for` chose it.
         name: what error messages call the weights.
         allow_rounding: whether scales and minima that float16 does not hold are rounded.
 
@@ -247,6 +155,7 @@ def blocks_of(
 
     Example:
         >>> from quantization import pack_matrix
+        >>> from quantization.formats.gguf_blocks import TYPES
         >>> packed = pack_matrix(torch.randn(2, 64), "w8g32+f16")
         >>> blocks, moved = blocks_of(packed, TYPES["Q8_0"], "w")
         >>> blocks.shape, moved
@@ -255,18 +164,30 @@ def blocks_of(
         True
     """
     rows, cols = packed.shape
+    blocks, moved = np.empty((rows, cols // kind.length * kind.nbytes), "uint8"), 0.0
+    for some in _chunks(rows, cols):
+        parts, moves = _parts(_rows_of(packed, some), kind, name, some.start, allow_rounding)
+        blocks[some] = _encoded(parts, kind, name).reshape(blocks[some].shape)
+        moved = max(moved, moves)
+    return blocks, moved
+
+
+def _parts(
+    packed: PackedWeights, kind: BlockType, name: str, first: int, allow_rounding: bool
+) -> tuple[Blocks, float]:
+    """The parts of the blocks of some rows, the first of that number, and how far they move."""
+    cols = packed.shape[1]
     place = np.arange(0, cols, kind.length) // packed.scheme.group(cols)
     if kind.name == "MXFP4":
-        scales, minima, moved = _exponents(packed, name)[:, place], None, 0.0
+        numbers: list[Any] = [_exponents(packed, name)[:, place], None, 0.0]
     else:
-        scales, minima, moved = _halves(packed, place, kind, name, allow_rounding)
-    blocks = np.empty((rows, cols // kind.length * kind.nbytes), "uint8")
-    for some in _chunks(rows, cols):
-        codes = _codes(_rows_of(packed, some), kind, name).reshape(-1, kind.length)
-        low = None if minima is None else minima[some].reshape(-1, 1)
-        parts = Blocks(codes, scales[some].reshape(-1, 1), low)
-        blocks[some] = _encoded(parts, kind, name).reshape(blocks[some].shape)
-    return blocks, moved
+        numbers = [
+            *_halves(packed, place, kind, _Told(name, packed.scheme, kind, first, allow_rounding))
+        ]
+    scales, minima, moved = numbers
+    codes = _codes(packed, kind, name).reshape(-1, kind.length)
+    minima = None if minima is None else minima.reshape(-1, 1)
+    return Blocks(codes, scales.reshape(-1, 1), minima), moved
 
 
 def _encoded(parts: Blocks, kind: BlockType, name: str) -> np.ndarray:
@@ -288,7 +209,7 @@ def _rows_of(packed: PackedWeights, some: slice) -> PackedWeights:
 def _codes(packed: PackedWeights, kind: BlockType, name: str) -> np.ndarray:
     """Codes as the blocks have them: uint8, or int8 levels."""
     scheme = packed.scheme
-    is_bare = kind.name in ("MXFP4", *_WITH_MINIMA)
+    is_bare = kind.name in ("MXFP4", *WITH_MINIMA)
     if is_bare or (scheme.mode is Mode.Symmetric and scheme.grid != "binary"):
         layout = "base3" if scheme.grid == "ternary" else "dense"
         return unpack_weights(
@@ -316,24 +237,25 @@ def _exponents(packed: PackedWeights, name: str) -> np.ndarray:
 
 
 def _halves(
-    packed: PackedWeights, place: np.ndarray, kind: BlockType, name: str, allow_rounding: bool
+    packed: PackedWeights, place: np.ndarray, kind: BlockType, told: _Told
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
     """Scales and minima of the blocks as float16, and how far they move a weight."""
     exact = restore(packed.scales, packed.scale_steps)[:, place]
     scales, is_same = _as_half(exact)
-    _refuse(name, packed, kind, "scale", exact, scales, is_same | allow_rounding)
+    told.check("scale", exact, scales, is_same)
     moves, minima = np.zeros(1), None
     if not is_same.all():
         moves = np.abs(scales.astype("float64") - exact) * max(map(abs, kind.codes))
-    if kind.name in _WITH_MINIMA:
-        zeros = _zero_points(packed)[:, place]
-        low = -zeros.double().numpy() * exact
+    if kind.name in WITH_MINIMA:
+        stored = _zero_points(packed)
+        zeros = stored.double().numpy()[:, place]
+        low = -zeros * exact
         minima, is_held = _as_half(low)
-        if _has_float_zeros(packed.scheme):
-            again = torch.from_numpy(zero_points_for(scales, minima)).to(zeros.dtype)
-            is_held = ((again == zeros) | zeros.isnan()).numpy()
+        if has_float_zeros(packed.scheme):
+            again = torch.from_numpy(zero_points_for(scales, minima)).to(stored.dtype)
+            is_held = (again.double().numpy() == zeros) | np.isnan(zeros)
         is_held |= (exact == 0) | np.isnan(exact)
-        _refuse(name, packed, kind, "minimum", low, minima, is_held | allow_rounding)
+        told.check("minimum", low, minima, is_held)
         if not (is_held & is_same).all():
             moves = moves + np.abs(minima - low)
     return scales, minima, float(np.nan_to_num(moves).max(initial=0.0))
@@ -347,7 +269,7 @@ def _as_half(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _zero_points(packed: PackedWeights) -> torch.Tensor:
-    if _has_float_zeros(packed.scheme):
+    if has_float_zeros(packed.scheme):
         return packed.zero_points
     groups = packed.scheme.groups(packed.shape[1])
     return unpack_weights(
@@ -355,28 +277,32 @@ def _zero_points(packed: PackedWeights) -> torch.Tensor:
     )
 
 
-def _refuse(
-    name: str,
-    packed: PackedWeights,
-    kind: BlockType,
-    what: str,
-    exact: np.ndarray,
-    halves: np.ndarray,
-    may: np.ndarray,
-) -> None:
-    """Raise unless each number may be what it is as float16; infinity may not."""
-    bad = ~may | (np.isinf(halves) & np.isfinite(exact))
-    if not bad.any():
-        return
-    row, block = np.argwhere(bad)[0]
-    remedy = "allow_rounding=True rounds it"
-    if np.isinf(halves[row, block]):
-        remedy = "it is beyond the largest one, 65504"
-    elif what == "scale" and packed.scheme.scale_dtype != "float16":
-        remedy += ", or quantize with scales of float16 (+f16 in the name of the scheme)"
-    elif what == "minimum":
-        remedy += ", or quantize with whole zero points (w4g32a+f16), which Q5_0 holds"
-    raise FormatError(
-        f"{name} (scheme {packed.scheme}): the {what} {exact[row, block]:g} of block {block} in "
-        f"row {row} is no number of float16, in which {kind.name} keeps it: {remedy}"
-    )
+class _Told(NamedTuple):
+    """What an error says of numbers that float16 does not hold."""
+
+    name: str
+    scheme: Scheme
+    kind: BlockType
+    first: int  # row
+    allow_rounding: bool
+
+    def check(self, what: str, exact: np.ndarray, halves: np.ndarray, is_same: np.ndarray) -> None:
+        """Raise unless numbers are the same as float16, or may be rounded, not to infinity."""
+        bad = np.isinf(halves) & np.isfinite(exact)
+        if not self.allow_rounding:
+            bad |= ~is_same
+        if not bad.any():
+            return
+        row, block = np.argwhere(bad)[0]
+        remedy = "allow_rounding=True rounds it"
+        if np.isinf(halves[row, block]):
+            remedy = "it is beyond the largest one, 65504"
+        elif what == "scale" and self.scheme.scale_dtype != "float16":
+            remedy += ", or quantize with scales of float16 (+f16 in the name of the scheme)"
+        elif what == "minimum":
+            remedy += ", or quantize with whole zero points (w4g32a+f16), which Q5_0 holds"
+        raise FormatError(
+            f"{self.name} (scheme {self.scheme}): the {what} {exact[row, block]:g} of block "
+            f"{block} in row {self.first + row} is no number of float16, in which "
+            f"{self.kind.name} keeps it: {remedy}"
+        )

@@ -12,7 +12,8 @@ from quantization import PackedLinearLayer, pack_matrix
 from quantization.formats import gguf_packed
 from quantization.formats.errors import FormatError
 from quantization.formats.gguf_blocks import TYPES
-from quantization.formats.gguf_packed import blocks_of, packed_of, type_for
+from quantization.formats.gguf_packed import blocks_of, packed_of
+from quantization.formats.gguf_types import type_for
 from quantization.scheme import Scheme
 
 # Where a block has its float16 numbers.
