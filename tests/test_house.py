@@ -92,8 +92,9 @@ FLOORS = {
     "model_quantizer": 7.6,
     "files": 1,
     "stored_model": 7.6,
+    "safetensors_files": 7.7,
     "restore": 7.8,
-    "formats": 8,
+    "checkpoint": 8.2,
     "demo": 8,
     "model_download": 8,
     "weight_checks": 8,
@@ -101,6 +102,8 @@ FLOORS = {
     "model_sources": 9,
     "quality": 10,
     "main": 11,
+    "formats": 8.4,
+    "cli": 11.5,
     "__main__": 12,
 }
 

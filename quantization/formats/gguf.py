@@ -36,7 +36,8 @@ import numpy as np
 import torch
 
 from quantization.files import new_file
-from quantization.formats.errors import FormatError, need
+from quantization.formats import FormatError
+from quantization.formats.extras import need
 from quantization.formats.gguf_blocks import TYPES
 from quantization.formats.gguf_config import rope_factors, sizes_of, write_config
 from quantization.formats.gguf_names import EMBEDDING, HEAD, Names, architecture_for

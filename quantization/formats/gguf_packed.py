@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from quantization.codebooks import E2M1
-from quantization.formats.errors import FormatError
+from quantization.formats import FormatError
 from quantization.formats.gguf_blocks import IQ4_LEVELS, Blocks, BlockType
 from quantization.formats.gguf_types import WITH_MINIMA, has_float_zeros
 from quantization.packed_weights import PackedWeights

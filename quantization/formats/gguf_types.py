@@ -9,7 +9,7 @@ blocks, or rows.
 
 from __future__ import annotations
 
-from quantization.formats.errors import FormatError
+from quantization.formats import FormatError
 from quantization.formats.gguf_blocks import TYPES, BlockType
 from quantization.parameters import Mode
 from quantization.scheme import Scheme
@@ -40,7 +40,7 @@ def type_for(scheme: Scheme, cols: int, name: str, wanted: str | None = None) ->
         >>> type_for(Scheme.parse("w8"), 100, "w")
         Traceback (most recent call last):
         ...
-        quantization.formats.errors.FormatError: w (scheme w8) does not fit Q8_0 of GGUF: rows of \
+        quantization.formats.FormatError: w (scheme w8) does not fit Q8_0 of GGUF: rows of \
 100 weights are no whole number of blocks of 32; schemes that fit are ternaryg256+f16, mxfp4, \
 w4g32+f16, w4g32af+f16, w5g32+f16, w5g32af+f16, w8g32+f16, or write floats: types={'w': 'F16'}
     """

@@ -9,8 +9,7 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 
 from quantization import PackedLinearLayer, pack_matrix
-from quantization.formats import gguf_packed
-from quantization.formats.errors import FormatError
+from quantization.formats import FormatError, gguf_packed
 from quantization.formats.gguf_blocks import TYPES
 from quantization.formats.gguf_packed import blocks_of, packed_of
 from quantization.formats.gguf_types import type_for

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 
 from quantization import pack_matrix
-from quantization.formats.errors import FormatError
+from quantization.formats import FormatError
 from quantization.formats.gguf import read_gguf, write_gguf
 from quantization.stored_model import StoredLayer, StoredModel, StoredTensor
 

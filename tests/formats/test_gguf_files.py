@@ -25,8 +25,7 @@ from quantization import (
     quantize_model,
     replace_linear_layers_with_w8a16,
 )
-from quantization.formats import gguf_reader
-from quantization.formats.errors import FormatError
+from quantization.formats import FormatError, gguf_reader
 from quantization.formats.gguf import read_gguf, write_gguf
 from quantization.formats.gguf_header import read_header
 from quantization.restore import restore_model

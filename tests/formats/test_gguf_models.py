@@ -19,7 +19,7 @@ pytest.importorskip("accelerate")
 import tiny_models
 
 from quantization import PackedEmbedding, PackedLinearLayer, quantize_model
-from quantization.formats.errors import FormatError
+from quantization.formats import FormatError
 from quantization.formats.gguf import read_gguf, save_tokenizer, write_gguf
 from quantization.formats.gguf_blocks import TYPES
 from quantization.formats.gguf_header import read_header

@@ -1,15 +1,11 @@
-"""What the formats raise, and how they reach for packages that are extras."""
+"""Packages that formats need and that are extras."""
 
 from __future__ import annotations
 
-import importlib
+from importlib import import_module
 from types import ModuleType
 
-__all__ = ["FormatError", "need"]
-
-
-class FormatError(ValueError):
-    """A file is damaged, or what is to be read or written has no place in the format."""
+__all__ = ["need"]
 
 
 def need(module: str, extra: str) -> ModuleType:
@@ -23,7 +19,7 @@ def need(module: str, extra: str) -> ModuleType:
         'json'
     """
     try:
-        return importlib.import_module(module)
+        return import_module(module)
     except ImportError as error:
         raise ImportError(
             f'this needs {module}: pip install "quantization[{extra}]" ({error})'
