@@ -18,7 +18,14 @@ pytest.importorskip("accelerate")
 
 import tiny_models
 
-from quantization import PackedEmbedding, PackedLinearLayer, quantize_model
+from quantization import (
+    PackedEmbedding,
+    PackedLinearLayer,
+    load_quantized,
+    quantize_model,
+    save_quantized,
+)
+from quantization.cli import main
 from quantization.formats import FormatError
 from quantization.formats.gguf import read_gguf, save_tokenizer, write_gguf
 from quantization.formats.gguf_blocks import TYPES
@@ -135,6 +142,20 @@ def test_what_we_write_is_what_we_read(kind: str, tmp_path: Path) -> None:
     assert table.padding_idx == 0
     is_tied = head.packed_weights.data_ptr() == table.packed_weights.data_ptr()
     assert is_tied == (kind == "llama_tied") == bool(stored.ties)
+
+
+@pytest.mark.parametrize("kind", ["llama_tied", "qwen3"])
+def test_the_command_line_there_and_back(kind: str, tmp_path: Path) -> None:
+    model = make_model(kind)
+    quantize_model(model, {torch.nn.Embedding: "w8g32+f16", "*": "w8g32+f16"})
+    save_quantized(model, tmp_path / "folder")
+    assert (
+        main(["export", "--format", "gguf", *map(str, (tmp_path / "folder", tmp_path / "m"))]) == 0
+    )
+    assert (
+        main(["import", "--format", "gguf", *map(str, (tmp_path / "m", tmp_path / "again"))]) == 0
+    )
+    assert torch.equal(logits(load_quantized(tmp_path / "again")), logits(model))
 
 
 def test_float_models_and_mixed_ones(tmp_path: Path) -> None:
