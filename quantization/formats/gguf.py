@@ -236,10 +236,9 @@ def _tensor_entry(key: str, tensor: StoredTensor, plain: bool, allow_rounding: b
         raise FormatError(f"{key} has {len(tensor.shape)} dimensions; GGUF has up to 4")
 
     def make() -> tuple[np.ndarray, float]:
-        loaded = tensor.load().detach().cpu()
         if kind in _INTEGERS.values():
-            return loaded.numpy(), 0.0
-        return _floats(loaded, kind, key, allow_rounding)
+            return tensor.load().cpu().numpy(), 0.0
+        return _floats(tensor.load(), kind, key, allow_rounding)
 
     return _Entry(key, key, kind, tensor.shape, _dtype_of(kind), make)
 
@@ -254,8 +253,8 @@ def _floats(
 ) -> tuple[np.ndarray, float]:
     """Numbers in a float type, bfloat16 as its bits, and how far they moved."""
     dtypes = {short: getattr(torch, dtype) for dtype, short in _FLOATS.items()}
-    cast = numbers.to(dtypes[kind])
-    moved = 0.0
+    numbers = numbers.detach().cpu()
+    cast, moved = numbers.to(dtypes[kind]), 0.0
     if torch.promote_types(cast.dtype, numbers.dtype) != cast.dtype and cast.numel():
         moves = (cast.double() - numbers.double()).abs()
         moved = float(moves.nan_to_num(nan=0.0, posinf=np.inf).max())

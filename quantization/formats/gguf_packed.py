@@ -179,12 +179,10 @@ def _parts(
     cols = packed.shape[1]
     place = np.arange(0, cols, kind.length) // packed.scheme.group(cols)
     if kind.name == "MXFP4":
-        numbers: list[Any] = [_exponents(packed, name)[:, place], None, 0.0]
+        scales, minima, moved = _exponents(packed, name)[:, place], None, 0.0
     else:
-        numbers = [
-            *_halves(packed, place, kind, _Told(name, packed.scheme, kind, first, allow_rounding))
-        ]
-    scales, minima, moved = numbers
+        told = _Told(name, packed.scheme, kind, first, allow_rounding)
+        scales, minima, moved = _halves(packed, place, kind, told)
     codes = _codes(packed, kind, name).reshape(-1, kind.length)
     minima = None if minima is None else minima.reshape(-1, 1)
     return Blocks(codes, scales.reshape(-1, 1), minima), moved
@@ -198,9 +196,11 @@ def _encoded(parts: Blocks, kind: BlockType, name: str) -> np.ndarray:
 
 
 def _rows_of(packed: PackedWeights, some: slice) -> PackedWeights:
-    given = {part: getattr(packed, part) for part in _PER_ROW}
+    """Some rows of packed weights, on the CPU."""
+    given = {part: getattr(packed, part) for part in (*_PER_ROW, "codebook")}
     parts: dict[str, Any] = {
-        part: tensor if tensor is None else tensor[some] for part, tensor in given.items()
+        part: tensor if tensor is None else (tensor[some] if part in _PER_ROW else tensor).cpu()
+        for part, tensor in given.items()
     }
     shape = (len(parts["packed_weights"]), packed.shape[1])
     return dataclasses.replace(packed, shape=shape, **parts)
@@ -247,13 +247,11 @@ def _halves(
     if not is_same.all():
         moves = np.abs(scales.astype("float64") - exact) * max(map(abs, kind.codes))
     if kind.name in WITH_MINIMA:
-        stored = _zero_points(packed)
-        zeros = stored.double().numpy()[:, place]
+        zeros = _zero_points(packed).double().numpy()[:, place]
         low = -zeros * exact
         minima, is_held = _as_half(low)
         if has_float_zeros(packed.scheme):
-            again = torch.from_numpy(zero_points_for(scales, minima)).to(stored.dtype)
-            is_held = (again.double().numpy() == zeros) | np.isnan(zeros)
+            is_held = (zero_points_for(scales, minima) == zeros) | np.isnan(zeros)
         is_held |= (exact == 0) | np.isnan(exact)
         told.check("minimum", low, minima, is_held)
         if not (is_held & is_same).all():

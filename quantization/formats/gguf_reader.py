@@ -32,6 +32,7 @@ PLAIN, PLAIN_KEY = "plain", "quantization.model"
 #: The factors of rotary angles, which belong to the config.
 ROPE = "rope_freqs.weight"
 
+_PIECES = "split.count"
 _NUMBERS = {
     "F32": "float32",
     "F16": "float16",
@@ -112,6 +113,10 @@ def read_gguf(
 def _model(header: Header, dtype: str, fallback: Scheme) -> StoredModel:
     facts, found = header
     architecture = architecture_named(facts.get("general.architecture"))
+    if facts.get(_PIECES, 1) != 1:
+        raise FormatError(
+            f"the file is one of {facts[_PIECES]} pieces; llama.cpp's gguf-split --merge joins them"
+        )
     names = Names(architecture, *sizes_in(facts, architecture.name, len(found)))
     places, factors = [], None
     for tensor in found:

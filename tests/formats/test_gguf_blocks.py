@@ -240,6 +240,11 @@ def test_other_dtypes_keep_codes_and_scales(dtype: str, rng: np.random.Generator
     packed, wide = (packed_of(data, TYPES["Q4_1"], "w", each) for each in (dtype, "float32"))
     assert packed.dtype == dtype and torch.equal(packed.scales, wide.scales)
     assert torch.equal(packed.zero_points, wide.zero_points.to(getattr(torch, dtype)))
+    if dtype == "float64":
+        assert np.array_equal(blocks_of(packed, TYPES["Q4_1"], "w")[0], data)
+    else:  # rounded zero points are other numbers, whatever minima they round to
+        with pytest.raises(FormatError, match=r"the minimum .* is no number of float16"):
+            blocks_of(packed, TYPES["Q4_1"], "w")
 
 
 def test_zero_points_beyond_float16() -> None:

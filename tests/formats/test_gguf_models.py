@@ -238,7 +238,7 @@ def test_model_without_a_config(tmp_path: Path) -> None:
         write_gguf(stored_model(make_model("llama")), tmp_path / "m.gguf")
 
 
-def facts_file(path: Path, name: str = "llama", **facts: Any) -> Path:
+def facts_file(path: Path, name: str = "llama", pieces: int = 1, **facts: Any) -> Path:
     """A file of llama.cpp's with some metadata, and the tensors of a model of one block."""
     writer = gguf.GGUFWriter(path, name)
     known = {
@@ -252,6 +252,7 @@ def facts_file(path: Path, name: str = "llama", **facts: Any) -> Path:
         if value is not None:
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             (writer.add_string if isinstance(value, str) else add)(f"{name}.{key}", value)
+    writer.add_uint16("split.count", pieces)
     writer.add_layer_norm_rms_eps(1e-5)
     shapes = {"attn_norm": (64,), "ffn_norm": (64,), "ffn_gate": (96, 64), "ffn_up": (96, 64)}
     shapes |= {f"attn_{each}": (64, 64) for each in ("q", "k", "v", "output")}
@@ -271,6 +272,7 @@ def facts_file(path: Path, name: str = "llama", **facts: Any) -> Path:
         ({"name": "granite"}, r"architecture 'granite'; known are llama, qwen2, qwen3"),
         ({"block_count": 1 << 30}, r"says llama\.block_count = 1073741824 and has 11 tensors"),
         ({"block_count": None}, r"must say llama\.block_count, one whole number above 0"),
+        ({"pieces": 3}, r"the file is one of 3 pieces"),
         ({"expert_count": 8}, r"llama\.expert_count = 8, which models of LlamaForCausalLM do not"),
         ({"attention.head_count": 0}, r"must say llama\.attention\.head_count"),
         ({"rope.scaling.type": "yarn"}, r"rotary angles are of type 'yarn'"),
