@@ -24,7 +24,7 @@ from quantization.safetensors_files import INDEX, CheckpointError, TensorFolder,
 from quantization.scheme import Scheme
 from quantization.stored_model import StoredLayer, StoredModel, saved_tensors, stored_model
 
-__all__ = ["FloatSource", "open_source"]
+__all__ = ["FloatSource", "assets_of", "open_source"]
 
 _BLOCK_BYTES = 16 << 20  # of a weight, read and packed at a time
 _SOME = 5
@@ -91,7 +91,7 @@ def open_source(
         tensors,
         template.ties,
         read_json(config) if has_config else None,
-        _assets(files) if files.path.is_dir() else (),
+        assets_of(files) if files.path.is_dir() else (),
     )
     return FloatSource(files, stored, report, dropped)
 
@@ -127,7 +127,7 @@ def _take_forms(files: TensorFolder, sites: list[Site]) -> dict[str, str]:
     return {key: first[id(tensor)] for key, *_, tensor in places}
 
 
-def _assets(files: TensorFolder) -> tuple[Path, ...]:
+def assets_of(files: TensorFolder) -> tuple[Path, ...]:
     """Small files beside the tensors that belong to the model."""
     own = {*files.files, INDEX, CONFIG}
     weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")

@@ -17,7 +17,15 @@ from quantization.files import new_folder
 from quantization.safetensors_files import INDEX, TensorWriter
 from quantization.stored_model import StoredModel
 
-__all__ = ["MAX_SHARD_BYTES", "Shard", "finish", "plan_shards", "write_checkpoint", "write_shard"]
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "Shard",
+    "finish",
+    "plan_shards",
+    "write_beside",
+    "write_checkpoint",
+    "write_shard",
+]
 
 MAX_SHARD_BYTES = 5_000_000_000
 
@@ -146,6 +154,13 @@ def write_shard(
 
 def finish(folder: Path, stored: StoredModel, records: Mapping[str, FileRecord]) -> None:
     """Write what stands beside the tensors: the index, the config, the assets, and the document."""
+    write_beside(folder, stored, records)
+    document = Document(records, stored.layers, stored.ties)
+    (folder / FILE).write_text(document.to_json())
+
+
+def write_beside(folder: Path, stored: StoredModel, records: Mapping[str, FileRecord]) -> None:
+    """Write what any folder of safetensors has beside them: the index, the config, the assets."""
     if len(records) > 1:
         sizes = sum(record.nbytes for record in records.values())
         index = {
@@ -157,5 +172,3 @@ def finish(folder: Path, stored: StoredModel, records: Mapping[str, FileRecord])
         (folder / CONFIG).write_text(json.dumps(stored.config, indent=2) + "\n")
     for asset in stored.assets:
         shutil.copyfile(asset, folder / asset.name)
-    document = Document(records, stored.layers, stored.ties)
-    (folder / FILE).write_text(document.to_json())

@@ -16,7 +16,11 @@ __all__ = ["FORMATS", "FormatError", "reader", "writer"]
 #: Name -> (module of this package, whether it reads, whether it writes). A module ``m`` has
 #: ``read_m(path)`` and ``write_m(stored, path, *, overwrite=False)``.
 FORMATS: dict[str, tuple[str, bool, bool]] = {
+    "awq": ("awq", True, False),
+    "compressed-tensors": ("compressed_tensors", True, True),
     "gguf": ("gguf", True, True),
+    "gptq": ("gptq", True, False),
+    "onnx": ("onnx", False, True),
 }
 
 
@@ -31,12 +35,12 @@ def reader(name: str) -> Callable[..., Any]:
         ValueError: if there is none of that name.
 
     Example:
-        >>> reader("gguf").__name__
-        'read_gguf'
-        >>> reader("png")
+        >>> reader("gptq").__name__
+        'read_gptq'
+        >>> reader("onnx")
         Traceback (most recent call last):
             ...
-        ValueError: 'png' is none of the formats that can be read: gguf
+        ValueError: 'onnx' is none of the formats that can be read: awq, compressed-tensors, gguf, gptq
     """
     return _function(name, "read")
 
@@ -48,8 +52,8 @@ def writer(name: str) -> Callable[..., None]:
         ValueError: if there is none of that name.
 
     Example:
-        >>> writer("gguf").__name__
-        'write_gguf'
+        >>> writer("compressed-tensors").__name__
+        'write_compressed_tensors'
     """
     return _function(name, "write")
 
