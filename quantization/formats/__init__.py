@@ -40,7 +40,7 @@ def reader(name: str) -> Callable[..., Any]:
         >>> reader("onnx")
         Traceback (most recent call last):
             ...
-        ValueError: 'onnx' is none of the formats that can be read: awq, compressed-tensors, gguf, gptq
+        ValueError: 'onnx' is none of the formats that can be read: awq, ...
     """
     return _function(name, "read")
 

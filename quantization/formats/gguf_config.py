@@ -179,16 +179,10 @@ def config_of(
         FormatError: if metadata is missing, or says what no such config can say.
     """
     name = architecture.name
-    _check_known(facts, architecture)
     blocks, heads, keys = sizes_in(facts, name, len(shapes))
     width = _fact(facts, name, "embedding_length")
     head = _fact(facts, name, "attention.key_length", default=width // heads)
-    turned = facts.get(f"{name}.rope.dimension_count", head)
-    if turned != head:
-        raise FormatError(
-            f"the file turns {turned} of the {head} features of a head; models of "
-            f"{architecture.model_class} turn all"
-        )
+    _check_known(facts, architecture, head)
     sizes = {
         "hidden_size": width,
         "intermediate_size": _fact(facts, name, "feed_forward_length"),
@@ -215,7 +209,14 @@ def config_of(
     }
 
 
-def _check_known(facts: Mapping[str, Any], architecture: Architecture) -> None:
+def _check_known(facts: Mapping[str, Any], architecture: Architecture, head: int) -> None:
+    """Raise for metadata that models of the class do not obey."""
+    turned = facts.get(f"{architecture.name}.rope.dimension_count", head)
+    if turned != head:
+        raise FormatError(
+            f"the file turns {turned} of the {head} features of a head; models of "
+            f"{architecture.model_class} turn all"
+        )
     for key in _REFUSED:
         value = facts.get(f"{architecture.name}.{key}")
         if value:
