@@ -119,6 +119,10 @@ def _add_formats(export: argparse.ArgumentParser, imports: argparse.ArgumentPars
         parser.add_argument("--format", required=True, help=f"a format that can be {direction[:4]}")
         parser.add_argument("--overwrite", action="store_true", help="replace the destination")
         parser.add_argument("--dry-run", action="store_true", help="read and check, write nothing")
+        plain = "gguf: tensors by their own names, of no architecture"
+        parser.add_argument("--plain", action="store_true", help=plain)
+    rounding = "gguf: where a type cannot hold a number of a scheme, round it and say so"
+    export.add_argument("--allow-rounding", action="store_true", help=rounding)
 
 
 def _add_bench(parser: argparse.ArgumentParser) -> None:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 import math
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 from quantization import checkpoint
@@ -12,6 +17,7 @@ from quantization.checkpoint.float_source import open_source
 from quantization.checkpoint.format import FILE
 from quantization.cli.bench import bench_layers
 from quantization.cli.output import Output
+from quantization.formats import FormatError, reader, writer
 from quantization.report import Candidate, ReplacementReport, size, table
 from quantization.safetensors_files import TensorFolder
 from quantization.stored_model import StoredLayer, StoredModel
@@ -197,23 +203,46 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _export(options: argparse.Namespace, out: Output) -> dict[str, Any]:
-    from quantization.formats import writer
-
-    write = writer(options.format)
-    return _convert(checkpoint.read_checkpoint, write, options, out)
+    write = _with_options(writer(options.format), options, "plain", "allow_rounding")
+    stored = checkpoint.read_checkpoint(options.source)
+    return _convert(stored, write, options, out)
 
 
 def _import(options: argparse.Namespace, out: Output) -> dict[str, Any]:
-    from quantization.formats import reader
+    stored = _with_options(reader(options.format), options, "plain")(options.source)
+    with tempfile.TemporaryDirectory() as place:
+        if options.format == "gguf" and not options.dry_run:
+            stored = replace(stored, assets=_tokenizer(options.source, Path(place), out))
+        return _convert(stored, checkpoint.write_checkpoint, options, out)
 
-    read = reader(options.format)
-    return _convert(read, checkpoint.write_checkpoint, options, out)
+
+def _with_options(
+    call: Callable[..., Any], options: argparse.Namespace, *names: str
+) -> Callable[..., Any]:
+    """The reader or writer of a format with those of its own options that are set."""
+    chosen = {name: True for name in names if getattr(options, name)}
+    for name in chosen:
+        if name not in inspect.signature(call).parameters:
+            raise ValueError(
+                f"the format {options.format} has no option --{name.replace('_', '-')}"
+            )
+    return partial(call, **chosen)
+
+
+def _tokenizer(source: Path, place: Path, out: Output) -> tuple[Path, ...]:
+    """The files of the tokenizer in a GGUF file, where transformers can make them."""
+    from quantization.formats.gguf import save_tokenizer
+
+    try:
+        save_tokenizer(source, place)
+    except (ImportError, FormatError) as error:
+        out.line(f"without a tokenizer: {error}")
+    return tuple(sorted(path for path in place.iterdir() if path.is_file()))
 
 
 def _convert(
-    read: Callable[..., StoredModel], write: Callable[..., None], options: Any, out: Output
+    stored: StoredModel, write: Callable[..., Any], options: argparse.Namespace, out: Output
 ) -> dict[str, Any]:
-    stored = read(options.source)
     what = f"{len(stored.layers)} quantized layers, {len(stored.tensors)} other tensors"
     if options.dry_run:
         out.line(f"{options.source}: {what}; nothing was written")

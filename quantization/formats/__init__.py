@@ -18,6 +18,7 @@ __all__ = ["FORMATS", "FormatError", "reader", "writer"]
 FORMATS: dict[str, tuple[str, bool, bool]] = {
     "awq": ("awq", True, False),
     "compressed-tensors": ("compressed_tensors", True, True),
+    "gguf": ("gguf", True, True),
     "gptq": ("gptq", True, False),
     "onnx": ("onnx", False, True),
 }
@@ -39,7 +40,7 @@ def reader(name: str) -> Callable[..., Any]:
         >>> reader("onnx")
         Traceback (most recent call last):
             ...
-        ValueError: 'onnx' is none of the formats that can be read: awq, compressed-tensors, gptq
+        ValueError: 'onnx' is none of the formats that can be read: awq, ...
     """
     return _function(name, "read")
 

@@ -81,6 +81,35 @@ def test_tables_for_readers(tmp_path: Path, capsys) -> None:
     assert "17 tensors of" in capsys.readouterr().out
 
 
+def test_export_and_import(tmp_path: Path, capsys) -> None:
+    source = float_folder(tmp_path / "float")
+    quantize_checkpoint(source, tmp_path / "small", {"up_proj": "w4g32", "*": None})
+    there = ["export", tmp_path / "small", tmp_path / "foreign", "--format", "compressed-tensors"]
+    assert result(capsys, *there, "--dry-run") == {"layers": 4, "tensors": 13}
+    assert not (tmp_path / "foreign").exists()
+    assert result(capsys, *there) == {"layers": 4, "tensors": 13}
+    back = ["import", tmp_path / "foreign", tmp_path / "again", "--format", "compressed-tensors"]
+    assert result(capsys, *back) == {"layers": 4, "tensors": 13}
+    again = result(capsys, "inspect", tmp_path / "again")["layers"]
+    assert {layer["scheme"] for layer in again.values()} == {"w4g32"}
+    assert "is there" in failed(capsys, *there)
+    assert "none of the formats that can be written" in failed(capsys, *there[:-1], "gptq")
+    assert "has no option --plain" in failed(capsys, *there, "--plain")
+
+
+def test_gguf_brings_its_tokenizer(tmp_path: Path, capsys) -> None:
+    transformers = pytest.importorskip("transformers")
+    from tiny_models import save_gguf
+
+    save_gguf(tmp_path / "tiny.gguf")
+    call = ["import", tmp_path / "tiny.gguf", tmp_path / "tiny", "--format", "gguf"]
+    assert result(capsys, *call)["tensors"] > 0
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "tiny")
+    assert tokenizer.convert_ids_to_tokens([3, 5]) == ["a", "ab"]
+    model = load_quantized(tmp_path / "tiny")
+    assert model(torch.tensor([[3, 5]])).logits.shape == (1, 2, 300)
+
+
 def test_bench(tmp_path: Path, capsys) -> None:
     save_quantized(quantized_net("w4g32a"), tmp_path / "saved")
     threads = torch.get_num_threads()
