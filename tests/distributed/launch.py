@@ -32,11 +32,17 @@ def torchrun(count: int, script: Path, *arguments: str, timeout: float = 240) ->
     return done.stdout
 
 
-def outcomes(count: int, script: Path, folder: Path, *names: str) -> dict[str, list[str]]:
-    """What every rank has to say of each check: "passed", or what went wrong."""
+def failures(count: int, script: Path, folder: Path, *names: str) -> list[str]:
+    """What went wrong, by check and rank, in the checks of a program: all, or those named."""
     torchrun(count, script, str(folder), *names)
     told = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(count)]
-    return {name: [each[name] for each in told] for name in told[0]}
+    assert all(each.keys() == set(names or names_of_checks(script)) for each in told)
+    return [
+        f"{name}, process {rank} of {count}: {text}"
+        for rank, each in enumerate(told)
+        for name, text in each.items()
+        if text != PASSED
+    ]
 
 
 def names_of_checks(script: Path) -> list[str]:
