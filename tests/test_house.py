@@ -90,6 +90,7 @@ FLOORS = {
     "recipe": 7.3,
     "experts": 7.3,
     "model_quantizer": 7.6,
+    "integrations": 8,
     "files": 1,
     "stored_model": 7.6,
     "restore": 7.8,
