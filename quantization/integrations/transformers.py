@@ -29,7 +29,7 @@ import torch
 
 from quantization.integrations import need
 
-need("transformers", "5.0", "transformers")
+need("transformers", "5.22", "transformers")
 
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer

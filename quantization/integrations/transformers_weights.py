@@ -82,6 +82,7 @@ class FloatWeights:
             if all(model.get_parameter(key).dtype == dtype for key in waiting.keys):
                 self._waiting |= dict.fromkeys(waiting.keys, waiting)
         self._taken: dict[str, str] = {}
+        self._tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}
         self._groups = self._take_ties(model)
 
     def _plan(self, model: Any, twin: nn.Module, layers: dict[str, tuple[str, ...]]) -> Any:
@@ -163,6 +164,8 @@ class FloatWeights:
             parameters[name] = nn.Parameter(torch.empty_like(parameters[name], device="meta"))
         for other in group - {key}:
             _share_if_equal(new, self._waiting[other].new)
+        if f"{waiting.name}.bias" in self._tied:
+            new.bias = nn.Parameter(new._buffers.pop("bias"))  # until transformers has tied it
         _mark_as_initialized(new)
         assign(stores_of(self._sites, {id(waiting.module): new}))
         waiting.new = new
@@ -259,7 +262,7 @@ def _mark_as_initialized(new: nn.Module) -> None:
 
 
 def _take_bias(layer: nn.Module) -> None:
-    """Make a buffer of a bias again that transformers tied to another one."""
+    """Make a buffer again of a bias that was to be tied."""
     if layer._parameters.get("bias") is not None:
         bias = layer._parameters.pop("bias")
         layer.register_buffer("bias", bias.detach())

@@ -23,7 +23,7 @@ def floats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
-    transformers = pytest.importorskip("transformers", minversion="5")
+    transformers = pytest.importorskip("transformers", minversion="5.22")
     before = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     yield

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers", minversion="5")
+transformers = pytest.importorskip("transformers", minversion="5.22")
 pytest.importorskip("accelerate")
 
 import tiny_models
@@ -158,13 +158,19 @@ def test_the_report_tells_what_became_of_each_layer(floats: dict[str, Path]) -> 
 # ---- ties and embeddings -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["tied", "gpt2", "t5"])
+@pytest.mark.parametrize("kind", ["tied", "gpt2", "t5", "bert"])
 def test_a_tied_head_shares_codes(kind: str, floats: dict[str, Path], tmp_path: Path) -> None:
     config = QuantizationConfig({EVERY_EMBEDDING: "w6g32", "*": "w4g64a"}, exclude=())
     model = load(kind, floats[kind], quantization_config=config)
-    table = model.get_input_embeddings()
-    assert type(table) is PackedEmbedding and type(model.lm_head) is PackedLinearLayer
-    assert model.lm_head.packed_weights is table.packed_weights
+    wanted = load(kind, floats[kind])
+    quantize_model(wanted, {EVERY_EMBEDDING: "w6g32", "*": "w4g64a"})
+    assert_same(model, wanted)
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    assert type(table) is PackedEmbedding and type(head) is PackedLinearLayer
+    assert head.packed_weights is table.packed_weights
+    if kind == "bert":
+        assert head.bias.data_ptr() == model.cls.predictions.bias.data_ptr()
+        assert isinstance(model.cls.predictions.bias, nn.Parameter) and "bias" in head._buffers
     model.tie_weights()
     model.save_pretrained(tmp_path)
     keys = load_file(tmp_path / "model.safetensors").keys()
@@ -172,7 +178,8 @@ def test_a_tied_head_shares_codes(kind: str, floats: dict[str, Path], tmp_path: 
         {id(m.packed_weights) for m in quantized(model).values()}
     )
     again = load(kind, tmp_path)
-    assert again.lm_head.packed_weights is again.get_input_embeddings().packed_weights
+    head, table = again.get_output_embeddings(), again.get_input_embeddings()
+    assert head.packed_weights is table.packed_weights
     assert_same(again, model)
     assert torch.equal(logits(kind, again), logits(kind, model))
     again.save_pretrained(tmp_path / "second")
