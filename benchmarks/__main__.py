@@ -13,6 +13,7 @@ from typing import Any
 import quantization
 from benchmarks import machine, session
 from benchmarks.bench_backward import run_backward
+from benchmarks.bench_files import run_files
 from benchmarks.bench_linear import run_linear
 from benchmarks.bench_model import run_model
 from benchmarks.bench_overhead import run_overhead
@@ -34,6 +35,7 @@ RUNNERS: dict[str, Callable[[Session], None]] = {
     "quantize": run_quantize,
     "pack": run_pack,
     "overhead": run_overhead,
+    "files": run_files,
     "model": run_model,
     "packed_model": run_packed_model,
 }

@@ -91,9 +91,11 @@ def _short_tables(results: Results, best_isa: str) -> list[str]:
         if table:
             parts += [f"## {section.capitalize()}: times the expression in torch, and of the limit"]
             parts += [table]
-    for section, title in (("model", ""), ("packed_model", ", by scheme")):
+    titles = {"files": "Files", "model": "The language model"}
+    titles["packed_model"] = "The language model, by scheme"
+    for section, title in titles.items():
         if results.of(section):
-            parts += [f"## The language model{title}"]
+            parts += [f"## {title}"]
         for cell in cells(results.of(section)):
             parts += [heading(cell[0]), markdown_table(*grid(cell))]
     return parts

@@ -18,7 +18,8 @@ from benchmarks.records import Results
 Shape = tuple[int, int]  # out_features, in_features
 
 SECTIONS = (
-    "linear", "packed", "backward", "quantize", "pack", "overhead", "model", "packed_model",
+    "linear", "packed", "backward", "quantize", "pack", "overhead", "files", "model",
+    "packed_model",
 )  # fmt: skip
 WITHOUT_MODELS = tuple(name for name in SECTIONS if not name.endswith("model"))
 SHAPES: tuple[Shape, ...] = ((14336, 4096), (4096, 4096), (4096, 11008), (768, 768), (1000, 999))
@@ -52,6 +53,7 @@ class Settings:
         packed_reply: tokens that a packed model generates.
         judged: tokens of text that the perplexity of a packed model is taken over.
         model: that is packed, as the suite names it; None: the embedded one.
+        files_mb: megabytes of the checkpoints that are opened and quantized.
         are_small: whether the shapes are too small for speeds to mean anything.
     """
 
@@ -76,6 +78,7 @@ class Settings:
     packed_reply: int = 32
     judged: int = 4096
     model: str | None = "smollm2"
+    files_mb: int = 1000
     are_small: bool = False
 
     def pace(self, threads: int, share: float = 1.0) -> Pace:
@@ -107,7 +110,7 @@ def quick(threads: tuple[int, ...]) -> Settings:
     return Settings(
         WITHOUT_MODELS, SHAPES, (1, 4, 16, 128), (1, 128),
         matrix=(8192, 4096), widths=(1, 2, 4, 8), reply=0, prompt=0,
-        rounds=7, seconds=0.7, longest=1.0, **_common(threads),
+        rounds=7, seconds=0.7, longest=1.0, files_mb=200, **_common(threads),
     )  # fmt: skip
 
 
@@ -119,7 +122,7 @@ def smoke(threads: tuple[int, ...]) -> Settings:
         matrix=(64, 128), widths=(1, 3, 4, 8), reply=0, prompt=0,
         rounds=3, seconds=0.02, longest=0.5, sample=1e-4, are_small=True,
         packed_shapes=((64, 256), (33, 65)), packed_tokens=(1, 5), width_tokens=(1,),
-        packed_reply=4, judged=200, model=None, **common,
+        packed_reply=4, judged=200, model=None, files_mb=1, **common,
     )  # fmt: skip
 
 

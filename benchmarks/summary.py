@@ -137,7 +137,7 @@ def _figures(best: str) -> list[Figure]:
     linear = [*_limit_figures(best), *_race_figures(best), *_avx2_figures()]
     streams = [*_quantize_figures(best), *_pack_figures(best)]
     packed = [*_packed_race_figures(best), *_packed_rate_figures(best)]
-    return [*linear, *packed, *streams, *_call_figures(), *_right_figures()]
+    return [*linear, *packed, *streams, *_call_figures(), *_file_figures(), *_right_figures()]
 
 
 def _limit_figures(best: str) -> list[Figure]:
@@ -354,6 +354,33 @@ def _call_figures() -> list[Figure]:
         Figure(
             "a call of 16x32, M=4, float32: no longer than nn.Linear's",
             "overhead", _beats(_named(BASELINE), 1.0, layer),
+        ),
+    ]  # fmt: skip
+
+
+def _file_figures() -> list[Figure]:
+    def is_opening(row: Row) -> bool:
+        return row.case["way"] == "open" and row.candidate == "ours load_quantized"
+
+    def opened(row: Row, cell: Cell) -> tuple[float, float] | None:
+        return (0.5 / row.median, 1.0) if is_opening(row) else None
+
+    def resident(row: Row, cell: Cell) -> tuple[float, float] | None:
+        return (50 / max(row.values["resident_mb"], 1e-9), 1.0) if is_opening(row) else None
+
+    def streams(row: Row) -> bool:
+        return row.case["way"] == "quantize"
+
+    return [
+        Figure("opening 1 GB: at most 0.5 s (how many times faster)", "files", opened),
+        Figure("opening 1 GB: at most 50 MB resident (how many times less)", "files", resident),
+        Figure(
+            "quantizing a checkpoint: 0.5 of a plain copy of the same bytes",
+            "files", _reaches(lambda row: 0.5 if streams(row) else None),
+        ),
+        Figure(
+            "quantizing a checkpoint: 3x torchao, quantized whole and saved",
+            "files", _beats(lambda row: row.kind == "peer", 3.0, streams),
         ),
     ]  # fmt: skip
 

@@ -74,6 +74,7 @@ COLUMNS = (
     Column("Gweights/s", _value("gweights", three_digits)),
     Column("GFLOP/s", _value("gflops", three_digits)),
     Column("GB/s", _value("gbytes", three_digits)),
+    Column("resident MB", _value("resident_mb", three_digits)),
     Column("bytes", _value("bytes", lambda v: f"{v:,}")),
     Column("bits a weight", _value("bits_per_weight", lambda v: f"{v:.2f}")),
     Column("perplexity", _value("perplexity", three_digits)),

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from quantization.checkpoint import load_quantized, quantize_checkpoint, save_quantized
     from quantization.experts import UnfusedExperts, unfuse_experts
     from quantization.linear import LinearKernel, linear_kernel, quantized_forward
     from quantization.linear_layer import (
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     )
 
 _HOMES = {
+    "checkpoint": ("load_quantized", "quantize_checkpoint", "save_quantized"),
     "experts": ("UnfusedExperts", "unfuse_experts"),
     "linear": ("LinearKernel", "linear_kernel", "quantized_forward"),
     "linear_layer": ("QWQALinearLayer", "name_for_quantized_weight_buffer"),
@@ -131,14 +133,17 @@ __all__ = [
     "group",
     "isas",
     "linear_kernel",
+    "load_quantized",
     "name_for_quantized_weight_buffer",
     "pack_matrix",
     "pack_weights",
     "per_dim_scale_and_zero_for",
+    "quantize_checkpoint",
     "quantize_linear",
     "quantize_model",
     "quantized_forward",
     "replace_linear_layers_with_w8a16",
+    "save_quantized",
     "set_isa",
     "set_num_threads",
     "target_class_from",

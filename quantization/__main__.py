@@ -1,8 +1,8 @@
-"""`python -m quantization`: the end-to-end suite."""
+"""`python -m quantization`: the command line; without a command the end-to-end suite."""
 
 import sys
 
-from quantization.main import main
+from quantization.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

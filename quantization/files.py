@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import shutil
 import tempfile
@@ -56,17 +57,24 @@ def free_place(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path
     if path.is_symlink() or (path.exists() and not path.is_dir()):
         raise FileExistsError(f"{path} is there and is no folder")
     if path.exists() and any(path.iterdir()) and not overwrite:
-        raise FileExistsError(f"the folder {path} is there and not empty; overwrite=True replaces it")
+        raise FileExistsError(
+            f"the folder {path} is there and not empty; overwrite=True replaces it"
+        )
     return path
 
 
 def put_in_place(folder: Path, path: Path) -> None:
-    """Give a finished folder its name; an older folder of that name is removed."""
+    """Give a finished folder its name; an older folder of that name is removed.
+
+    Where the system can exchange two names at once, there is always one whole folder of that name.
+    """
     for file in folder.rglob("*"):
         sync(file)
     sync(folder)
-    if not path.exists():
+    if not path.exists() or not any(path.iterdir()):
         folder.rename(path)
+    elif _exchange(folder, path):
+        shutil.rmtree(folder)
     else:
         old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
         path.rename(old / "old")
@@ -78,6 +86,13 @@ def put_in_place(folder: Path, path: Path) -> None:
         finally:
             shutil.rmtree(old, ignore_errors=True)
     sync(path.parent)
+
+
+def _exchange(a: Path, b: Path) -> bool:
+    """Let two names change places in one step; False where that cannot be had (not Linux)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if os.name == "posix" else None
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, bytes(a), here, bytes(b), exchange) == 0
 
 
 @contextmanager
@@ -117,8 +132,8 @@ def member(folder: str | os.PathLike[str], name: object) -> Path:
     """The file of that name in a folder, for names that come out of a file.
 
     Raises:
-        ValueError: if the name is none of a file right in the folder: a path, ``..``, no text. A link
-            is followed, as the caches of model hubs are made of them.
+        ValueError: if the name is none of a file right in the folder: a path, ``..``, no text. A
+            link is followed, as the caches of model hubs are made of them.
         FileNotFoundError: if there is no such file.
 
     Example:

@@ -174,9 +174,11 @@ class ReplacementReport(Sequence[Candidate]):
         raise KeyError(f"{key!r} is no {self.noun.removesuffix('s')} of the model")
 
     def __repr__(self) -> str:
-        return "\n".join([self._headline(), *_table(self.candidates), *self._totals()])
+        return "\n".join([self.headline, *_lines(table(self.candidates)), *self.totals])
 
-    def _headline(self) -> str:
+    @property
+    def headline(self) -> str:
+        """How many layers became what."""
         what = "replaced" if self.quantized else "replaced (structure only, weights not quantized)"
         kind = "quantized" if self.caller else self.target.__name__
         counts = [f"{len(self.replaced)} of {len(self)} {self.noun} {what}"]
@@ -185,7 +187,9 @@ class ReplacementReport(Sequence[Candidate]):
         counts += [f"{len(self.left)} left"] if self.left else []
         return f"ReplacementReport by {self.caller or self.target.__name__}: {', '.join(counts)}"
 
-    def _totals(self) -> list[str]:
+    @property
+    def totals(self) -> list[str]:
+        """Lines on bytes before and after, and on what stays in float."""
         ratio = f" ({self.bytes_after / self.bytes_before:.3f}x)" if self.bytes_before else ""
         kind = "quantized weights" if self.caller else f"weights of {self.target.__name__}"
         lines = [
@@ -220,8 +224,13 @@ def size(nbytes: int) -> str:
     return f"{nbytes / 1000**4:.1f} TB"
 
 
-def _table(candidates: Sequence[Candidate]) -> list[str]:
-    """Aligned lines, one a candidate, or one a family of candidates where there are many."""
+def table(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
+    """A head and rows of texts, one a candidate, or one a family of them where there are many.
+
+    Example:
+        >>> table([Candidate("a", "left", "lazy", "LazyLinear", None, 0, 0)])
+        [('layer', 'out x in', 'before', 'after', 'what'), ('a', '?', '0 B', '0 B', 'left: lazy')]
+    """
     families: dict[tuple, list[Candidate]] = {}
     for candidate in candidates:
         families.setdefault(_family(candidate, len(candidates)), []).append(candidate)
@@ -229,6 +238,10 @@ def _table(candidates: Sequence[Candidate]) -> list[str]:
     rows = [head, *map(_row, families.values())] if families else []
     if not any(candidate.scheme for candidate in candidates):
         rows = [(row[0], *row[3:]) for row in rows]
+    return rows
+
+
+def _lines(rows: list[tuple[str, ...]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return [
         "  "

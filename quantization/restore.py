@@ -167,12 +167,12 @@ def _check_tensor(key: str, stored: Any, old: torch.Tensor) -> None:
         )
     is_float = getattr(torch, stored.dtype).is_floating_point
     if is_float != old.is_floating_point():
-        raise RestoreError(f"{key} is stored as {stored.dtype}; the model's is {name_of(old.dtype)}")
+        raise RestoreError(
+            f"{key} is stored as {stored.dtype}; the model's is {name_of(old.dtype)}"
+        )
 
 
-def _refuse_meta(
-    sites: list[Site], made: dict[int, nn.Module], stores: list[Store]
-) -> None:
+def _refuse_meta(sites: list[Site], made: dict[int, nn.Module], stores: list[Store]) -> None:
     """Buffers that no state dict has need numbers of their own."""
     given = {(id(mapping), name) for mapping, name, _, _ in stores}
     bare = []

@@ -2,8 +2,8 @@
 
 Layers with packed weights by their dotted names, all other tensors by their keys in a state dict.
 Both are lazy: shapes and types are known, numbers are read when ``load`` is called. Readers of a
-format make a :class:`StoredModel`, writers take one; :func:`stored_model` makes one of a module, and
-:func:`restore_model` puts one into a module.
+format make a :class:`StoredModel`, writers take one; :func:`stored_model` makes one of a module,
+and :func:`quantization.restore.restore_model` puts one into a module.
 """
 
 from __future__ import annotations

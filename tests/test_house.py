@@ -93,7 +93,9 @@ FLOORS = {
     "integrations": 8,
     "files": 1,
     "stored_model": 7.6,
+    "safetensors_files": 7.7,
     "restore": 7.8,
+    "checkpoint": 8.2,
     "demo": 8,
     "model_download": 8,
     "weight_checks": 8,
@@ -101,6 +103,8 @@ FLOORS = {
     "model_sources": 9,
     "quality": 10,
     "main": 11,
+    "formats": 8.4,
+    "cli": 11.5,
     "__main__": 12,
 }
 

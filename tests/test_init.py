@@ -25,6 +25,7 @@ sys.meta_path.insert(0, Block())
 
 
 NEED_TORCH = {
+    "checkpoint",
     "experts",
     "linear_layer",
     "model_quantizer",

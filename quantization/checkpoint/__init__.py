@@ -1,0 +1,28 @@
+"""Quantized models as folders: plain safetensors, and a JSON that says how to read every bit.
+
+    save_quantized(model, "folder")
+    model = load_quantized("folder", model)
+    quantize_checkpoint("float-folder", "folder", "w4g64a")
+
+:mod:`quantization.checkpoint.format` has the format. Loading maps the files: it takes the time that
+headers take, the kernels read the bits in place, and processes that load the same folder share its
+pages. Nothing is pickled.
+"""
+
+from quantization.checkpoint.reading import read_checkpoint, verify_checkpoint
+from quantization.checkpoint.save_load import load_quantized, save_quantized
+from quantization.checkpoint.streaming import quantize_checkpoint
+from quantization.checkpoint.writing import write_checkpoint
+from quantization.restore import RestoreError
+from quantization.safetensors_files import CheckpointError
+
+__all__ = [
+    "CheckpointError",
+    "RestoreError",
+    "load_quantized",
+    "quantize_checkpoint",
+    "read_checkpoint",
+    "save_quantized",
+    "verify_checkpoint",
+    "write_checkpoint",
+]

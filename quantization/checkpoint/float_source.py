@@ -1,0 +1,178 @@
+"""Float checkpoints as sources: which tensors become layers, and packing them as they are read."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from quantization.checkpoint.format import CONFIG
+from quantization.checkpoint.skeleton import skeleton_of_config, skeleton_of_names
+from quantization.granularity import Granularity
+from quantization.model_quantizer import quantize_model
+from quantization.module_walker import Pattern, Site, walk
+from quantization.packed_module import pack_as
+from quantization.packed_weights import PackedWeights
+from quantization.recipe import Recipe
+from quantization.report import ReplacementReport
+from quantization.safetensors_files import INDEX, CheckpointError, TensorFolder, read_json
+from quantization.scheme import Scheme
+from quantization.stored_model import StoredLayer, StoredModel, saved_tensors, stored_model
+
+__all__ = ["FloatSource", "assets_of", "open_source"]
+
+_BLOCK_BYTES = 16 << 20  # of a weight, read and packed at a time
+_SOME = 5
+
+
+@dataclass(frozen=True)
+class FloatSource:
+    """A float checkpoint that is to be quantized.
+
+    Attributes:
+        files: its safetensors files.
+        stored: what it becomes; loading a layer reads its weight and packs it.
+        report: of every layer, as :func:`quantization.quantize_model` gives it.
+        dropped: keys that the model has no place for.
+    """
+
+    files: TensorFolder
+    stored: StoredModel
+    report: ReplacementReport
+    dropped: tuple[str, ...]
+
+
+def open_source(
+    folder: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    exclude: Pattern | Iterable[Pattern] = (),
+    model: nn.Module | None = None,
+    nonfinite: str = "raise",
+) -> FloatSource:
+    """Plan the quantization of a checkpoint from its headers alone.
+
+    Args:
+        folder: safetensors files, single or sharded, or one such file.
+        recipe: as for :func:`quantization.quantize_model`.
+        exclude: as for :func:`quantization.quantize_model`.
+        model: a model of those keys, on meta; it is changed. None: of the class that the folder's
+            ``config.json`` names; without that file layers are told by the names and shapes of
+            tensors, as :func:`quantization.checkpoint.skeleton.skeleton_of_names` says.
+        nonfinite: as for :func:`quantization.quantize_model`.
+
+    Raises:
+        FileNotFoundError, CheckpointError: if files are missing, broken, or lack a tensor.
+        Whatever :func:`quantization.quantize_model` raises.
+    """
+    files = TensorFolder(folder)
+    config = files.path / CONFIG
+    has_config = files.path.is_dir() and config.is_file()
+    if model is None:
+        forms = {key: (files.entry(key).dtype, files.entry(key).shape) for key in files.file_of}
+        model = skeleton_of_config(files.path) if has_config else skeleton_of_names(forms)
+    sites = list(walk(model))
+    found = _take_forms(files, sites)
+    report = quantize_model(model, recipe, exclude=exclude, nonfinite=nonfinite)
+    template = stored_model(report.model)
+    layers = {
+        name: replace(layer, load=partial(_packed, files, name, layer, nonfinite, found))
+        for name, layer in template.layers.items()
+    }
+    tensors = {key: files.file_of[found[key]].stored(found[key]) for key in template.tensors}
+    dropped = tuple(key for key in files.file_of if key not in set(found.values()))
+    stored = StoredModel(
+        layers,
+        tensors,
+        template.ties,
+        read_json(config) if has_config else None,
+        assets_of(files) if files.path.is_dir() else (),
+    )
+    return FloatSource(files, stored, report, dropped)
+
+
+def _take_forms(files: TensorFolder, sites: list[Site]) -> dict[str, str]:
+    """Give the model's tensors, all on meta, the dtypes of the files; keys -> keys of the files."""
+    places: list[tuple[str, nn.Module, str, torch.Tensor]] = []
+    for site in sites:
+        for name, tensor in saved_tensors(site):
+            places.append((f"{site.name}.{name}" if site.name else name, site.module, name, tensor))
+    first = {id(tensor): key for key, *_, tensor in reversed(places) if key in files.file_of}
+    missing = [key for key, *_, tensor in places if id(tensor) not in first]
+    if missing:
+        raise CheckpointError(
+            f"{files.path} lacks {len(missing)} tensors of the model: "
+            f"{', '.join(missing[:_SOME])}. "
+            "If transformers renames or joins tensors while it loads this model, load it by "
+            "from_pretrained, quantize and save it; or give a model of the checkpoint's own keys"
+        )
+    made: dict[int, torch.Tensor] = {}
+    for key, module, name, tensor in places:
+        entry = files.entry(first[id(tensor)])
+        if entry.shape != tuple(tensor.shape):
+            raise CheckpointError(
+                f"{files.path}: {key} has shape {entry.shape}; the model's is {tuple(tensor.shape)}"
+            )
+        if id(tensor) not in made:
+            fresh = torch.empty(entry.shape, dtype=getattr(torch, entry.dtype), device="meta")
+            is_parameter = isinstance(tensor, nn.Parameter)
+            made[id(tensor)] = nn.Parameter(fresh, False) if is_parameter else fresh
+        group = module._parameters if name in module._parameters else module._buffers
+        group[name] = made[id(tensor)]
+    return {key: first[id(tensor)] for key, *_, tensor in places}
+
+
+def assets_of(files: TensorFolder) -> tuple[Path, ...]:
+    """Small files beside the tensors that belong to the model."""
+    own = {*files.files, INDEX, CONFIG}
+    weights = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".onnx", ".h5", ".msgpack")
+    return tuple(
+        path
+        for path in sorted(files.path.iterdir())
+        if path.is_file() and path.name not in own and not path.name.endswith(weights)
+        and not path.name.endswith(".index.json")
+    )  # fmt: skip
+
+
+# ---- packing ---------------------------------------------------------------------------------
+
+
+def _packed(
+    files: TensorFolder, name: str, layer: StoredLayer, nonfinite: str, found: dict[str, str]
+) -> PackedWeights:
+    """Read a weight and pack it, block by block of its rows where rows stand for themselves."""
+    key = found[f"{name}.weight" if name else "weight"]
+    file, options = files.file_of[key], {"nonfinite": nonfinite, "name": key}
+    rows, cols = layer.shape
+    dtype = getattr(torch, layer.dtype)
+    block = max(1, _BLOCK_BYTES // max(1, cols * dtype.itemsize))
+    if "nf" in layer.more or not _rows_are_apart(layer.scheme) or rows <= block:
+        weight = file.rows(key, 0, files.entry(key).shape[0])
+        weight = weight.t() if "nf" in layer.more else weight
+        return pack_as(weight, layer.scheme, dtype, **options)
+    parts: dict[str, torch.Tensor] = {
+        part: torch.empty(form.shape, dtype=getattr(torch, form.dtype))
+        for part, form in layer.scheme.buffers(layer.shape, dtype).items()
+    }
+    for start in range(0, rows, block):
+        stop = min(rows, start + block)
+        try:
+            packed = pack_as(file.rows(key, start, stop), layer.scheme, dtype, **options)
+        except ValueError as error:
+            if start:
+                error.add_note(f"rows are counted from row {start} of {key}")
+            raise
+        for part, tensor in parts.items():
+            made = getattr(packed, part)
+            tensor[slice(None) if len(made) == len(tensor) else slice(start, stop)] = made
+    return PackedWeights(layer.scheme, layer.shape, **parts, dtype=dtype)
+
+
+def _rows_are_apart(scheme: Scheme) -> bool:
+    """Whether the codes of a row depend on no other row."""
+    return scheme.granularity != Granularity.PerTensor

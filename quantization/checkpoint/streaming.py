@@ -1,0 +1,365 @@
+"""Quantize a checkpoint file by file, without ever holding the model.
+
+    quantize_checkpoint("float-model", "quantized-model", "w4g64a")
+
+Tensors are read, packed and written one after the other; memory is that of the largest. What is
+finished is kept beside the destination until all is, so a run that was killed goes on where it was;
+the destination appears at the end, whole. Files are shared out over processes of this machine
+(``workers``) or over those that ``torchrun`` started, on any machines that see the same folders.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from quantization.checkpoint.float_source import FloatSource, open_source
+from quantization.checkpoint.format import VERSION, FileRecord
+from quantization.checkpoint.reading import check_hashes, check_record
+from quantization.checkpoint.writing import MAX_SHARD_BYTES, Shard, finish, plan_shards, write_shard
+from quantization.files import free_place, put_in_place, sync
+from quantization.module_walker import Pattern
+from quantization.recipe import Recipe
+from quantization.report import ReplacementReport
+from quantization.safetensors_files import CheckpointError, TensorFile, read_json
+
+__all__ = ["partial_folder", "quantize_checkpoint"]
+
+_JOURNAL = "journal.json"  # which run it is; beside it a record of each finished file
+_FILES = "files"  # what becomes the destination
+
+#: Hears the bytes of the destination that were written, and of how many.
+Progress = Callable[[int, int], None]
+
+
+def quantize_checkpoint(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    recipe: Recipe,
+    *,
+    exclude: Pattern | Iterable[Pattern] = (),
+    model: nn.Module | None = None,
+    nonfinite: str = "raise",
+    overwrite: bool = False,
+    restart: bool = False,
+    workers: int = 1,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    progress: Progress | None = None,
+) -> ReplacementReport:
+    """Quantize safetensors files of any size into a folder for :func:`load_quantized`.
+
+    The result is what :func:`quantization.quantize_model` and :func:`save_quantized` would give,
+    bit for bit. Peak memory is that of the largest tensor and some blocks; a scheme with one scale
+    or codebook for a whole matrix needs that matrix in float32 besides.
+
+    A run that was killed leaves its finished files in ``.<destination>.partial``. The same call
+    checks their hashes and goes on; a call with another recipe or a changed source is refused.
+
+    Args:
+        source: a folder with safetensors files, single or sharded, or one file. A ``config.json``
+            of transformers tells the class of the model; without one, layers are told by names and
+            shapes. It is only read.
+        destination: the folder to write; made with its parents.
+        recipe: as for :func:`quantization.quantize_model`.
+        exclude: as for :func:`quantization.quantize_model`.
+        model: a model of the source's keys, on meta, in place of the class that is looked up; it is
+            changed.
+        nonfinite: as for :func:`quantization.quantize_model`.
+        overwrite: replace a destination that is there, once the new one is complete.
+        restart: throw away what an earlier run finished.
+        workers: processes of this machine, which share torch's threads. With ``torchrun``: 1.
+        max_shard_bytes: files are begun anew beyond so many bytes; more files spread better.
+        progress: called after every tensor with the bytes that are written and those in all.
+
+    Returns:
+        A report of every layer; its model has shapes only.
+
+    Raises:
+        FileExistsError: if the destination is there, or is the source.
+        FileNotFoundError, CheckpointError: if the source is incomplete or broken.
+        CheckpointError: if an unfinished run of another kind, or one that still runs, is there.
+        OSError: if the disk fills; the destination does not appear, and the source is untouched.
+        Whatever :func:`quantization.quantize_model` raises, before anything is written.
+
+    Example:
+        >>> import tempfile
+        >>> from safetensors.torch import save_file
+        >>> with tempfile.TemporaryDirectory() as place:
+        ...     save_file({"a.weight": torch.randn(64, 64)}, f"{place}/float.safetensors")
+        ...     source = f"{place}/float.safetensors"
+        ...     report = quantize_checkpoint(source, f"{place}/small", "w4g32")
+        ...     sorted(os.listdir(f"{place}/small")), report["a"].bytes_after
+        (['model.safetensors', 'quantization.json'], 2560)
+    """
+    source, destination = Path(source), Path(destination)
+    if source.resolve() == destination.resolve():
+        raise FileExistsError(f"the destination {destination} is the source")
+    free_place(destination, overwrite=overwrite)
+    if workers > 1 and model is not None:
+        raise ValueError("workers build the model themselves: give no model, or workers=1")
+    options = {"exclude": exclude, "nonfinite": nonfinite}
+    planned = open_source(source, recipe, model=model, **options)
+    _tell_dropped(planned)
+    shards = plan_shards(planned.stored, max_shard_bytes)
+    rank, world = _ranks(workers)
+    key = _fingerprint(planned, shards, nonfinite)
+    with _partial(destination, key, restart, is_first=rank == 0) as folder:
+        _barrier(world)
+        todo = shards[rank::world]
+        if workers > 1:
+            arguments = (source, folder, recipe, options, max_shard_bytes)
+            _by_workers(arguments, todo, workers, progress)
+        else:
+            _by_one(folder, planned, todo, progress)
+        _barrier(world)
+        if rank == 0:
+            records = {shard.name: _record(folder, shard) for shard in shards}
+            if None in records.values():
+                raise CheckpointError(f"{folder}: a process did not finish its files")
+            finish(folder / _FILES, planned.stored, records)
+            put_in_place(folder / _FILES, destination)
+        _barrier(world)
+    return planned.report
+
+
+def _tell_dropped(planned: FloatSource) -> None:
+    if planned.dropped:
+        some = ", ".join(planned.dropped[:5])
+        warnings.warn(
+            f"{len(planned.dropped)} tensors of the source are none of the model's and are left "
+            f"out: {some}",
+            stacklevel=3,
+        )
+
+
+# ---- files, finished or not ------------------------------------------------------------------
+
+
+def _by_one(
+    folder: Path, planned: FloatSource, shards: list[Shard], progress: Progress | None
+) -> None:
+    meter = _Meter(shards, progress)
+    for shard in shards:
+        if _is_finished(folder, shard):
+            meter.tell("", _size(shard))
+        else:
+            _write(folder, planned, shard, meter.tell)
+
+
+def _by_workers(
+    arguments: tuple[Any, ...],
+    shards: list[Shard],
+    workers: int,
+    progress: Progress | None,
+) -> None:
+    """The files that are to be written, spread over processes as each comes free."""
+    meter, folder = _Meter(shards, progress), arguments[1]
+    todo = []
+    for shard in shards:
+        if _is_finished(folder, shard):
+            meter.tell("", _size(shard))
+        else:
+            todo.append(shard)
+    threads = max(1, torch.get_num_threads() // workers)
+    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    try:
+        running = {pool.submit(_work, arguments, shard.name, threads): shard for shard in todo}
+        for future in as_completed(running):
+            future.result()
+            meter.tell("", _size(running[future]))
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _work(arguments: tuple[Any, ...], name: str, threads: int) -> None:
+    """In a process of its own: plan anew, which reads headers only, and write one file."""
+    source, folder, recipe, options, max_shard_bytes = arguments
+    torch.set_num_threads(threads)
+    planned = open_source(source, recipe, **options)
+    shards = plan_shards(planned.stored, max_shard_bytes)
+    _write(folder, planned, next(shard for shard in shards if shard.name == name))
+
+
+def _write(
+    folder: Path,
+    planned: FloatSource,
+    shard: Shard,
+    tell: Callable[[str, int], None] = lambda name, nbytes: None,
+) -> None:
+    """A file, then its record: a file without a record is not finished."""
+    _record_path(folder, shard).unlink(missing_ok=True)
+    try:
+        record = write_shard(folder / _FILES / shard.name, planned.stored, shard, tell)
+    except BaseException:
+        (folder / _FILES / shard.name).unlink(missing_ok=True)
+        raise
+    path = _record_path(folder, shard)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record.to_dict()))
+    sync(temporary)
+    temporary.replace(path)
+    sync(folder)
+
+
+def _is_finished(folder: Path, shard: Shard) -> bool:
+    """Whether an earlier run wrote that file, every byte of it."""
+    record, path = _record(folder, shard), folder / _FILES / shard.name
+    if record is None or not path.is_file():
+        return False
+    try:
+        file = TensorFile(path)
+        check_record(file, record)
+        check_hashes(file, record)
+    except CheckpointError:
+        return False  # it is written anew
+    return record.sha256.keys() == shard.forms.keys()
+
+
+def _record(folder: Path, shard: Shard) -> FileRecord | None:
+    path = _record_path(folder, shard)
+    return FileRecord.from_dict(read_json(path), str(path)) if path.is_file() else None
+
+
+def _record_path(folder: Path, shard: Shard) -> Path:
+    return folder / f"{shard.name}.json"
+
+
+def _size(shard: Shard) -> int:
+    return sum(
+        torch.Size(shape).numel() * getattr(torch, dtype).itemsize
+        for dtype, shape in shard.forms.values()
+    )
+
+
+class _Meter:
+    def __init__(self, shards: list[Shard], progress: Progress | None) -> None:
+        self._progress, self._done = progress, 0
+        self._total = sum(_size(shard) for shard in shards)
+
+    def tell(self, name: str, nbytes: int) -> None:
+        self._done += nbytes
+        if self._progress is not None:
+            self._progress(self._done, self._total)
+
+
+# ---- the folder of an unfinished run ---------------------------------------------------------
+
+
+def partial_folder(destination: str | os.PathLike[str]) -> Path:
+    """Where an unfinished run keeps its files.
+
+    Example:
+        >>> partial_folder("models/small").as_posix()
+        'models/.small.partial'
+    """
+    destination = Path(destination)
+    return destination.parent / f".{destination.name}.partial"
+
+
+@contextmanager
+def _partial(destination: Path, key: str, restart: bool, *, is_first: bool) -> Iterator[Path]:
+    """The folder of unfinished files, new or of the same run; one process writes at a time."""
+    folder = partial_folder(destination)
+    if not is_first:  # the first of the ranks holds the lock
+        yield folder
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise CheckpointError(f"another process writes {destination}") from None
+        _take_up(folder, key, restart)
+        yield folder
+        _clear(folder)
+        folder.with_suffix(".lock").unlink(missing_ok=True)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
+        raise
+    finally:
+        os.close(lock)
+
+
+def _take_up(folder: Path, key: str, restart: bool) -> None:
+    """Go on with the run of that key, or begin it."""
+    if restart:
+        shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(exist_ok=True)
+    journal, temporary = folder / _JOURNAL, folder / "journal.tmp"
+    if journal.is_file():
+        if read_json(journal).get("key") != key:
+            raise CheckpointError(
+                f"{folder} holds an unfinished run of another recipe, or of another source or a "
+                "source that has changed: restart=True throws it away"
+            )
+    elif any(path != temporary for path in folder.iterdir()):
+        raise CheckpointError(f"{folder} is no unfinished run: restart=True throws it away")
+    else:
+        temporary.write_text(json.dumps({"key": key}))
+        sync(temporary)
+        temporary.replace(journal)
+        sync(folder)
+    (folder / _FILES).mkdir(exist_ok=True)
+
+
+def _clear(folder: Path) -> None:
+    """Remove what is left of a finished run; the journal last, so that a kill does no harm."""
+    for path in folder.iterdir():
+        if path.name != _JOURNAL:
+            path.unlink()
+    (folder / _JOURNAL).unlink()
+    folder.rmdir()
+
+
+def _fingerprint(planned: FloatSource, shards: list[Shard], nonfinite: str) -> str:
+    """What two runs have in common exactly if their files are the same."""
+    layers = planned.stored.layers
+    told = {
+        "version": VERSION,
+        "source": {
+            name: [file.header.nbytes, file.header.sha256, file.path.stat().st_mtime_ns]
+            for name, file in planned.files.files.items()
+        },
+        "layers": {name: [layer.kind, layer.scheme.to_dict()] for name, layer in layers.items()},
+        "nonfinite": nonfinite,
+        "shards": {shard.name: sorted(shard.forms) for shard in shards},
+    }
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+# ---- several machines ------------------------------------------------------------------------
+
+
+def _ranks(workers: int) -> tuple[int, int]:
+    """(rank, processes) of torchrun; (0, 1) without it."""
+    if workers < 1:
+        raise ValueError(f"workers is {workers}; it must be 1 or more")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
+        return 0, 1
+    if workers > 1:
+        raise ValueError("torchrun has started processes already: workers must be 1")
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def _barrier(world: int) -> None:
+    if world > 1:
+        dist.barrier()

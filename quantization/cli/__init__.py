@@ -1,0 +1,140 @@
+"""The command line: ``quantization`` or ``python -m quantization``.
+
+    quantization quantize FLOAT-FOLDER NEW-FOLDER --scheme w4g64a
+    quantization inspect FOLDER
+
+Without a command the end-to-end suite runs (:mod:`quantization.main`). Exit codes: 0, it was done;
+1, it could not be done, and nothing was changed; 2, the call was wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = ["COMMANDS", "main"]
+
+#: Commands, and what each does.
+COMMANDS = {
+    "suite": "the end-to-end suite on a real model, which runs without a command too",
+    "quantize": "quantize safetensors files, tensor by tensor, into a new folder",
+    "plan": "what quantize would do: every layer, its scheme and bytes",
+    "inspect": "what a folder holds: layers, schemes, bytes; or tensors of a float one",
+    "verify": "check a quantized folder to the last byte",
+    "export": "write a quantized folder in the format of another library",
+    "import": "make a quantized folder of another library's files",
+    "bench": "time the layers of a quantized folder beside nn.Linear, on this CPU",
+}
+
+_EPILOG = """recipes:
+  --scheme NAME           for every linear layer: w4g64a (4 bits, groups of 64, asymmetric), w8,
+                          w3g128, nf4, mxfp4, kmeans4, binaryg32, ternary, int8, ... +dq, +f16
+  --rule PATTERN=NAME     for layers of a name, glob or re:..., the first rule that matches counts;
+                          NAME may be 'none' (leave in float)
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command, or the suite; the exit code.
+
+    Example:
+        >>> main(["inspect", "/no/such/folder"])
+        1
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    is_suite = arguments[:1] == ["suite"]
+    if is_suite or not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
+        if arguments and not arguments[0].startswith("-") and not is_suite:
+            _parser().parse_args(arguments)  # no such command: exits and says which there are
+        from quantization.main import main as suite
+
+        return suite(arguments[is_suite:])
+    options = _parser().parse_args(arguments)
+    from quantization.cli import commands
+
+    try:
+        return commands.run(options)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
+        print(f"error: {error}{notes}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="quantization",
+        description="Weight quantization for PyTorch.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    made = {}
+    commands.add_parser("suite", help=COMMANDS["suite"], add_help=False)
+    for name, text in COMMANDS.items():
+        if name == "suite":  # its options are its own
+            continue
+        made[name] = commands.add_parser(
+            name,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog=_EPILOG if name in ("quantize", "plan") else None,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        made[name].add_argument("--json", action="store_true", help="print one JSON object")
+    _add_quantize(made["quantize"], made["plan"])
+    _add_formats(made["export"], made["import"])
+    for name in ("inspect", "verify", "bench"):
+        made[name].add_argument("folder", type=Path)
+    made["inspect"].add_argument("--layer", help="one layer: its tensors, first codes and numbers")
+    _add_bench(made["bench"])
+    return parser
+
+
+def _add_quantize(quantize: argparse.ArgumentParser, plan: argparse.ArgumentParser) -> None:
+    for parser in (quantize, plan):
+        parser.add_argument("source", type=Path, help="safetensors folder or file, in float")
+        if parser is quantize:
+            parser.add_argument("destination", type=Path, help="folder to write")
+        add = parser.add_argument
+        add("--scheme", help="of every linear layer that no rule names")
+        add("--rule", action="append", default=[], metavar="PATTERN=NAME", help="repeatable")
+        add("--exclude", action="append", default=[], metavar="PATTERN", help="leave in float")
+        nonfinite = "what a NaN or infinity does: an error, or NaN for its group (default: raise)"
+        add("--nonfinite", choices=("raise", "mark"), default="raise", help=nonfinite)
+    add = quantize.add_argument
+    add("--dry-run", action="store_true", help="print the plan, write nothing")
+    add("--overwrite", action="store_true", help="replace the destination once all is written")
+    add("--restart", action="store_true", help="throw away what a killed run finished")
+    add("--workers", type=_positive, default=1, help="processes on this machine (default: 1)")
+    add("--shard-bytes", type=_positive, help="begin files anew beyond so many bytes")
+
+
+def _add_formats(export: argparse.ArgumentParser, imports: argparse.ArgumentParser) -> None:
+    for parser, direction in ((export, "write"), (imports, "read")):
+        parser.add_argument("source", type=Path)
+        parser.add_argument("destination", type=Path)
+        parser.add_argument("--format", required=True, help=f"a format that can be {direction[:4]}")
+        parser.add_argument("--overwrite", action="store_true", help="replace the destination")
+        parser.add_argument("--dry-run", action="store_true", help="read and check, write nothing")
+
+
+def _add_bench(parser: argparse.ArgumentParser) -> None:
+    tokens = "rows of activations (default: 1,16,128)"
+    parser.add_argument("--tokens", type=_numbers, default=[1, 16, 128], help=tokens)
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="of activations (default: the layer's)")
+    parser.add_argument("--threads", type=_positive, help="default: torch's")
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isdigit() else 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
+
+
+def _numbers(text: str) -> list[int]:
+    return [_positive(part) for part in text.split(",")]

@@ -1,0 +1,250 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import Any
+
+from quantization import checkpoint
+from quantization.checkpoint.float_source import open_source
+from quantization.checkpoint.format import FILE
+from quantization.cli.bench import bench_layers
+from quantization.cli.output import Output
+from quantization.report import Candidate, ReplacementReport, size, table
+from quantization.safetensors_files import TensorFolder
+from quantization.stored_model import StoredLayer, StoredModel
+
+__all__ = ["run"]
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do what the command line asks for; the exit code."""
+    out = Output(options.json)
+    out.finish(_RUNNERS[options.command](options, out))
+    return 0
+
+
+# ---- quantize, plan --------------------------------------------------------------------------
+
+
+def _recipe(options: argparse.Namespace) -> dict[str, str | None] | str:
+    rules: dict[str, str | None] = {}
+    for rule in options.rule:
+        pattern, sign, name = rule.rpartition("=")
+        if not sign or not pattern or not name:
+            raise ValueError(f"a rule is PATTERN=NAME, not {rule!r}")
+        rules[pattern] = None if name == "none" else name
+    if not rules and not options.scheme:
+        raise ValueError("say what to make: --scheme w4g64a, or --rule PATTERN=NAME")
+    if not rules:
+        return options.scheme
+    return rules | ({"*": options.scheme} if options.scheme else {})
+
+
+def _quantize(options: argparse.Namespace, out: Output) -> dict[str, Any]:
+    if options.dry_run:
+        return _plan(options, out)
+    given = {"shard_bytes": "max_shard_bytes"}
+    more = {given[name]: value for name in given if (value := getattr(options, name))}
+    with out.bar("quantize") as progress:
+        report = checkpoint.quantize_checkpoint(
+            options.source,
+            options.destination,
+            _recipe(options),
+            exclude=options.exclude,
+            nonfinite=options.nonfinite,
+            overwrite=options.overwrite,
+            restart=options.restart,
+            workers=options.workers,
+            progress=progress,
+            **more,
+        )
+    _tell(report, out)
+    out.line(f"written: {options.destination}")
+    return _plain(report) | {"destination": str(options.destination)}
+
+
+def _plan(options: argparse.Namespace, out: Output) -> dict[str, Any]:
+    source = open_source(
+        options.source, _recipe(options), exclude=options.exclude, nonfinite=options.nonfinite
+    )
+    _tell(source.report, out)
+    for key in source.dropped:
+        out.line(f"left out, as the model has no place for it: {key}")
+    return _plain(source.report) | {"dropped": list(source.dropped)}
+
+
+def _tell(report: ReplacementReport, out: Output) -> None:
+    out.line(report.headline)
+    out.table(*_parted(table(report.candidates)))
+    for line in report.totals:
+        out.line(line)
+
+
+def _parted(rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    return rows[0] if rows else (), rows[1:]
+
+
+def _plain(report: ReplacementReport) -> dict[str, Any]:
+    return {
+        "layers": [
+            {
+                "name": candidate.name,
+                "status": candidate.status,
+                "reason": candidate.reason,
+                "shape": candidate.shape,
+                "scheme": candidate.scheme,
+                "bits_per_weight": candidate.bits_per_weight,
+                "bytes_before": candidate.bytes_before,
+                "bytes_after": candidate.bytes_after,
+            }
+            for candidate in report
+        ],
+        "bytes_before": report.model_bytes_before,
+        "bytes_after": report.model_bytes_after,
+        "coverage": report.coverage,
+    }
+
+
+# ---- inspect, verify -------------------------------------------------------------------------
+
+
+def _inspect(options: argparse.Namespace, out: Output) -> dict[str, Any]:
+    if not (options.folder / FILE).is_file():
+        return _inspect_float(options, out)
+    stored = checkpoint.read_checkpoint(options.folder)
+    if options.layer is not None:
+        return _inspect_layer(stored, options.layer, out)
+    candidates = [_candidate(name, layer) for name, layer in stored.layers.items()]
+    floats = {key: t for key, t in stored.tensors.items() if key not in stored.ties}
+    packed = sum(c.bytes_after for c in candidates)
+    others = sum(_nbytes(tensor.dtype, tensor.shape) for tensor in floats.values())
+    out.table(*_parted(table(candidates)))
+    out.line(
+        f"{len(candidates)} quantized layers of {size(packed)} (in float: "
+        f"{size(sum(c.bytes_before for c in candidates))}), {len(floats)} other tensors of "
+        f"{size(others)}, {len(stored.ties)} tied"
+    )
+    return {
+        "layers": {
+            c.name: {
+                "kind": c.kind, "scheme": c.scheme, "shape": c.shape, "bytes": c.bytes_after,
+                "bits_per_weight": c.bits_per_weight,
+            }
+            for c in candidates
+        },
+        "tensors": {key: {"dtype": t.dtype, "shape": t.shape} for key, t in floats.items()},
+        "ties": dict(stored.ties),
+    }  # fmt: skip
+
+
+def _candidate(name: str, layer: StoredLayer) -> Candidate:
+    nbytes, dtype = layer.scheme.nbytes(layer.shape, layer.dtype), layer.dtype
+    bits = layer.scheme.bits_per_weight(layer.shape, dtype)
+    return Candidate(
+        name, layer.kind, "", layer.kind, layer.shape, _nbytes(dtype, layer.shape), nbytes,
+        scheme=str(layer.scheme), bits_per_weight=bits,
+    )  # fmt: skip
+
+
+def _inspect_layer(stored: StoredModel, name: str, out: Output) -> dict[str, Any]:
+    if name not in stored.layers:
+        raise ValueError(f"no layer {name!r}; there are {', '.join(list(stored.layers)[:5])}, ...")
+    layer = stored.layers[name]
+    module = layer.module()
+    weight = module.weight
+    row = weight[0, :8].tolist() if weight.numel() else []
+    parts = {key: t for key, t in module.named_buffers() if t is not None}
+    out.line(f"{name}: {layer.kind}, {layer.scheme!r}, {layer.shape}, {layer.dtype}")
+    rows = [(key, str(t.dtype).removeprefix("torch."), list(t.shape), size(t.nbytes))
+            for key, t in parts.items()]  # fmt: skip
+    out.table(("tensor", "dtype", "shape", "bytes"), rows)
+    out.line(f"first numbers of row 0: {', '.join(f'{value:.6g}' for value in row)}")
+    return {
+        "name": name,
+        "scheme": layer.scheme.to_dict(),
+        "tensors": {key: {"dtype": dtype, "shape": shape} for key, dtype, shape, _ in rows},
+        "first_numbers": row,
+    }
+
+
+def _inspect_float(options: argparse.Namespace, out: Output) -> dict[str, Any]:
+    files = TensorFolder(options.folder)
+    entries = {key: files.entry(key) for key in files.file_of}
+    total = sum(entry.stop - entry.start for entry in entries.values())
+    rows = [(key, e.dtype, " x ".join(map(str, e.shape)), size(e.stop - e.start))
+            for key, e in entries.items()]  # fmt: skip
+    out.table(("tensor", "dtype", "shape", "bytes"), rows)
+    out.line(f"{len(entries)} tensors of {size(total)} in {len(files.files)} files, not quantized")
+    return {"tensors": {key: {"dtype": e.dtype, "shape": e.shape} for key, e in entries.items()}}
+
+
+def _verify(options: argparse.Namespace, out: Output) -> dict[str, Any]:
+    nbytes = checkpoint.verify_checkpoint(options.folder)
+    out.line(f"{options.folder}: {size(nbytes)} of tensors, all as they were written")
+    return {"folder": str(options.folder), "bytes": nbytes}
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    import torch
+
+    return math.prod(shape) * getattr(torch, dtype).itemsize
+
+
+# ---- formats, bench --------------------------------------------------------------------------
+
+
+def _export(options: argparse.Namespace, out: Output) -> dict[str, Any]:
+    from quantization.formats import writer
+
+    write = writer(options.format)
+    return _convert(checkpoint.read_checkpoint, write, options, out)
+
+
+def _import(options: argparse.Namespace, out: Output) -> dict[str, Any]:
+    from quantization.formats import reader
+
+    read = reader(options.format)
+    return _convert(read, checkpoint.write_checkpoint, options, out)
+
+
+def _convert(
+    read: Callable[..., StoredModel], write: Callable[..., None], options: Any, out: Output
+) -> dict[str, Any]:
+    stored = read(options.source)
+    what = f"{len(stored.layers)} quantized layers, {len(stored.tensors)} other tensors"
+    if options.dry_run:
+        out.line(f"{options.source}: {what}; nothing was written")
+    else:
+        write(stored, options.destination, overwrite=options.overwrite)
+        out.line(f"{options.destination}: {what}")
+    return {"layers": len(stored.layers), "tensors": len(stored.tensors)}
+
+
+def _bench(options: argparse.Namespace, out: Output) -> dict[str, Any]:
+    stored = checkpoint.read_checkpoint(options.folder)
+    rows = bench_layers(stored, options.tokens, options.dtype, options.threads)
+    head = ("layer", "scheme", "tokens", "ms", "nn.Linear ms", "faster", "kernel")
+    out.table(
+        head,
+        [
+            (f"{r['shape'][0]} x {r['shape'][1]} ({r['layers']}x)", r["scheme"], r["tokens"],
+             f"{r['ms']:.3g}", f"{r['linear_ms']:.3g}", f"{r['linear_ms'] / r['ms']:.2f}x",
+             r["kernel"])
+            for r in rows
+        ],
+    )  # fmt: skip
+    return {"rows": rows}
+
+
+_RUNNERS: dict[str, Callable[[argparse.Namespace, Output], dict[str, Any]]] = {
+    "quantize": _quantize,
+    "plan": _plan,
+    "inspect": _inspect,
+    "verify": _verify,
+    "export": _export,
+    "import": _import,
+    "bench": _bench,
+}

@@ -1,0 +1,239 @@
+"""Folders of safetensors files as other programs write them, and what their settings say."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantization.checkpoint.float_source import assets_of
+from quantization.checkpoint.format import CONFIG
+from quantization.dtypes import SOURCES
+from quantization.formats import FormatError
+from quantization.granularity import Granularity, PerGroup
+from quantization.packed_weights import PackedWeights
+from quantization.parameters import Mode
+from quantization.safetensors_files import TensorFolder, read_json
+from quantization.scheme import Scheme
+from quantization.scheme_rules import PER_ROW
+from quantization.stored_model import StoredLayer, StoredModel, StoredTensor
+
+__all__ = [
+    "SETTINGS",
+    "Folder",
+    "containers",
+    "granularity_of",
+    "is_named",
+    "join",
+    "open_folder",
+]
+
+#: Where ``config.json`` has what this module calls settings.
+SETTINGS = "quantization_config"
+_DECISIVE = ("bits", "group_size", "format", "zero_point")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A model of another program, none of whose numbers has been read.
+
+    Attributes:
+        path: of the folder.
+        tensors: of all files by key.
+        config: of transformers, without the settings; None where there is nothing else.
+        settings: how the model was quantized, keys in lower case.
+        assets: further files that belong to the model.
+    """
+
+    path: Path
+    tensors: Mapping[str, StoredTensor]
+    config: Mapping[str, Any] | None
+    settings: Mapping[str, Any]
+    assets: tuple[Path, ...]
+
+    def names(self, *parts: str) -> list[str]:
+        """Layers that have at least one tensor of those names, in the order of their keys."""
+        found = (key.rpartition(".") for key in self.tensors)
+        return list(dict.fromkeys(name for name, _, part in found if part in parts))
+
+    def tensor(
+        self, key: str, dtypes: Iterable[str], shape: tuple[int | None, ...]
+    ) -> StoredTensor:
+        """A tensor of one of those dtypes and that shape, None being any size.
+
+        Raises:
+            FormatError: if it is missing or another one.
+        """
+        if key not in self.tensors:
+            raise FormatError(f"{self.path} has no tensor {key}")
+        found, dtypes = self.tensors[key], tuple(dtypes)
+        if found.dtype not in dtypes:
+            raise FormatError(f"{self.path}: {key} is {found.dtype}; it must be {_either(dtypes)}")
+        fits = len(found.shape) == len(shape) and all(
+            wanted in (None, size) for wanted, size in zip(shape, found.shape, strict=False)
+        )
+        if not fits:
+            wanted = ", ".join("any" if size is None else str(size) for size in shape)
+            raise FormatError(f"{self.path}: {key} has shape {found.shape}; it must be ({wanted})")
+        return found
+
+    def setting(self, name: str, kind: type, default: Any = None) -> Any:
+        """A setting of a type; ``default``, if it is not None, where it is missing or null.
+
+        Raises:
+            FormatError: if it is missing or of another type.
+        """
+        value = self.settings.get(name)
+        value = default if value is None else value
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            what = "is missing" if value is None else f"is {value!r:.60}"
+            raise FormatError(
+                f"{self.path}: {name} of the quantization settings {what}; expected {kind.__name__}"
+            )
+        return value
+
+    def layer(
+        self,
+        shape: tuple[int, int],
+        bits: int,
+        granularity: Granularity,
+        is_symmetric: bool,
+        scales: StoredTensor,
+        load: Callable[[Scheme, str], PackedWeights],
+    ) -> StoredLayer:
+        """A linear layer of integers; ``load`` gets its scheme and dtype.
+
+        The dtype is the model's, if its config says one, else that of the scales.
+        """
+        dtype = self._dtype() or scales.dtype
+        scheme = Scheme(
+            bits,
+            granularity,
+            Mode.Symmetric if is_symmetric else Mode.Asymmetric,
+            scale_dtype=None if scales.dtype == dtype else scales.dtype,
+        )
+        kind = "int8_linear" if scheme == Scheme.int8() else "linear"
+        return StoredLayer(kind, scheme, shape, dtype, lambda: load(scheme, dtype))
+
+    def _dtype(self) -> str | None:
+        config = self.config or {}
+        inner = config.get("text_config")
+        for place in (config, inner if isinstance(inner, Mapping) else {}):
+            for key in ("dtype", "torch_dtype"):
+                name = str(place.get(key)).removeprefix("torch.")
+                if name in SOURCES:
+                    return name
+        return None
+
+    def model(self, layers: Mapping[str, StoredLayer], used: Iterable[str]) -> StoredModel:
+        """The model of those layers and of all tensors that they do not use."""
+        used = set(used)
+        tensors = {key: tensor for key, tensor in self.tensors.items() if key not in used}
+        return StoredModel(layers, tensors, {}, self.config, self.assets)
+
+
+def open_folder(
+    path: str | os.PathLike[str],
+    method: str,
+    sidecar: str | None = None,
+    synonyms: Mapping[str, str] | None = None,
+) -> Folder:
+    """A folder that a quantizer wrote.
+
+    Args:
+        path: of the folder.
+        method: its ``quant_method``.
+        sidecar: a file that may have the settings beside, or in the place of, ``config.json``.
+        synonyms: other names of settings.
+
+    Raises:
+        FileNotFoundError: if it is no folder, or has no safetensors files.
+        quantization.safetensors_files.CheckpointError: if a file is broken.
+        FormatError: if it is not quantized, by another method, or its files contradict each other.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is no folder")
+    files = TensorFolder(path)
+    config = read_json(path / CONFIG) if (path / CONFIG).is_file() else None
+    found = []
+    if config is not None and SETTINGS in config:
+        found.append((CONFIG, config.pop(SETTINGS)))
+    if sidecar is not None and (path / sidecar).is_file():
+        found.append((sidecar, read_json(path / sidecar)))
+    settings = _settings(path, found, synonyms or {})
+    given = str(settings.get("quant_method", method)).lower()
+    if given != method:
+        raise FormatError(f"{path} was quantized by {given!r:.60}, not by {method!r}")
+    assets = tuple(asset for asset in assets_of(files) if asset.name != sidecar)
+    return Folder(path, files.tensors(), config or None, settings, assets)
+
+
+def _settings(
+    path: Path, found: list[tuple[str, Any]], synonyms: Mapping[str, str]
+) -> dict[str, Any]:
+    """The settings of all places as one; the first to say one counts."""
+    if not found:
+        raise FormatError(f"{path} does not say how it was quantized: {CONFIG} has no {SETTINGS}")
+    made: dict[str, Any] = {}
+    for where, plain in found:
+        if not isinstance(plain, dict):
+            raise FormatError(f"{path / where}: the quantization settings are no object")
+        for key, value in plain.items():
+            key = synonyms.get(key.lower(), key.lower())
+            value = value.lower() if key in _DECISIVE and isinstance(value, str) else value
+            if key in _DECISIVE and made.get(key) not in (None, value):
+                raise FormatError(
+                    f"{path / where} has {key} {value!r:.60} beside {made[key]!r:.60}"
+                )
+            if made.get(key) is None:
+                made[key] = value
+    return made
+
+
+def join(name: str, part: str) -> str:
+    """The key of a layer's tensor.
+
+    Example:
+        >>> join("a.b", "scales"), join("", "scales")
+        ('a.b.scales', 'scales')
+    """
+    return f"{name}.{part}" if name else part
+
+
+def containers(count: int, bits: int) -> int:
+    """How many int32 ``count`` dense codes take.
+
+    Example:
+        >>> containers(32, 3), containers(33, 3)
+        (3, 4)
+    """
+    return -(-count * bits // 32)
+
+
+def granularity_of(group: int | None) -> Granularity:
+    """Groups of that many columns; None: rows."""
+    return PER_ROW if group is None else PerGroup(group)
+
+
+def is_named(name: str, pattern: str, what: str) -> bool:
+    """Whether a regular expression of the settings fits the begin of a name.
+
+    Raises:
+        FormatError: if it is none.
+
+    Example:
+        >>> is_named("0.down", ".*down", "config.json")
+        True
+    """
+    try:
+        return re.match(pattern, name) is not None
+    except re.error as error:
+        raise FormatError(f"{what}: {pattern!r:.80} is no pattern: {error}") from None
+
+
+def _either(names: tuple[str, ...]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} or {names[-1]}"

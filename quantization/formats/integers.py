@@ -1,0 +1,175 @@
+"""What formats of integer weights have in common: unsigned codes, scales, whole zero points.
+
+``weight[n, k] = (codes[n, k] - zero) * scale``, with ``zero = 2**(bits - 1)`` where there are no
+zero points. That is how compressed-tensors, GPTQ, AWQ and MatMulNBits store codes; a
+:class:`quantization.PackedWeights` stores symmetric ones in two's complement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from quantization.formats import FormatError
+from quantization.packed_weights import PackedWeights
+from quantization.parameters import Mode
+from quantization.scheme import Scheme
+from quantization.stored_scales import restore
+from quantization.weight_pack import pack_weights, unpack_weights
+
+__all__ = ["Integers", "group_order", "integers_of", "packed_of", "why_not", "width_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Integers:
+    """A matrix as unsigned codes.
+
+    Attributes:
+        bits: of a code, 2..8.
+        codes: uint8 ``[out, in]``, below ``2**bits``.
+        scales: floats ``[out, groups]``.
+        zero_points: uint8 ``[out, groups]``, of ``bits`` bits (floats for a scheme that has such);
+            None: ``2**(bits - 1)``.
+    """
+
+    bits: int
+    codes: torch.Tensor
+    scales: torch.Tensor
+    zero_points: torch.Tensor | None
+
+
+def why_not(scheme: Scheme) -> str | None:
+    """Why a scheme's weights are no such integers; None where they are.
+
+    Example:
+        >>> why_not(Scheme.parse("w4g64a")), why_not(Scheme.ternary())
+        (None, None)
+        >>> why_not(Scheme.nf4())
+        "codes of the grid 'nf4' are places in a table of levels, not whole numbers"
+    """
+    if scheme.grid not in ("integer", "binary", "ternary"):
+        return (
+            f"codes of the grid {scheme.grid!r} are places in a table of levels, not whole numbers"
+        )
+    if scheme.mode is Mode.Asymmetric and scheme.zero_point == "float":
+        return "its zero points are floats, not whole numbers"
+    return None
+
+
+def width_of(scheme: Scheme, widths: Iterable[int]) -> int:
+    """The least of ``widths`` that holds a scheme's codes as whole numbers.
+
+    Example:
+        >>> width_of(Scheme.parse("w3"), (2, 4, 8)), width_of(Scheme.binary(), (2, 4, 8))
+        (4, 2)
+    """
+    return min(width for width in widths if width >= scheme.bits)
+
+
+def integers_of(packed: PackedWeights, bits: int) -> Integers:
+    """The codes of a packed matrix in ``bits`` bits, of the same numbers to the last bit.
+
+    Scales that are codes themselves (double quantization) become the float32 that they stand for.
+
+    Args:
+        packed: of torch tensors, of a scheme that :func:`why_not` lets pass; or with float zero
+            points, which stay as they are.
+        bits: at least what :func:`width_of` says.
+
+    Raises:
+        FormatError: if it is on meta.
+
+    Example:
+        >>> from quantization import pack_matrix
+        >>> integers_of(pack_matrix(torch.tensor([[-7.5, 0, 7.5]]), "w4"), 4).codes.tolist()
+        [[0, 8, 15]]
+    """
+    scheme, cols = packed.scheme, packed.shape[1]
+    if packed.packed_weights.is_meta:
+        raise FormatError("the weights are on meta: they have shapes, but no numbers")
+    scales = packed.scales
+    if packed.scale_steps is not None:
+        scales = torch.from_numpy(restore(scales, packed.scale_steps))
+    if scheme.mode is Mode.Symmetric:
+        return Integers(bits, _offset(packed, bits), scales, None)
+    codes = unpack_weights(packed.packed_weights, scheme.bits, layout="dense", dim=1, size=cols)
+    zeros = packed.zero_points
+    if scheme.zero_point == "integer":
+        groups = scheme.groups(cols)
+        zeros = unpack_weights(zeros, scheme.bits, layout="dense", dim=1, size=groups)
+    return Integers(bits, codes, scales, zeros)
+
+
+def _offset(packed: PackedWeights, bits: int) -> torch.Tensor:
+    """Symmetric codes, as the whole number that each stands for plus ``2**(bits - 1)``."""
+    scheme, half = packed.scheme, 1 << bits - 1
+    codes = unpack_weights(
+        packed.packed_weights,
+        scheme.bits,
+        dtype="uint8" if scheme.grid == "binary" else "int8",
+        layout="base3" if scheme.grid == "ternary" else "dense",
+        dim=1,
+        size=packed.shape[1],
+    )
+    if scheme.grid == "binary":  # 0 is -1
+        return codes.mul_(2).add_(half - 1)
+    return codes.view(torch.uint8).add_(half)  # a negative code is 256 too much, and wraps
+
+
+def packed_of(numbers: Integers, scheme: Scheme, dtype: str) -> PackedWeights:
+    """The packed matrix of such integers.
+
+    Args:
+        numbers: with whole zero points, or none.
+        scheme: of the grid ``integer``, with these bits, groups and zero points.
+        dtype: of the layer's floats.
+
+    Example:
+        >>> codes = torch.tensor([[1, 15]], dtype=torch.uint8)
+        >>> numbers = Integers(4, codes, torch.ones(1, 1), None)
+        >>> packed_of(numbers, Scheme(4), "float32").dequantize()
+        tensor([[-7.,  7.]])
+    """
+    codes, zeros = numbers.codes, numbers.zero_points
+    if zeros is None:  # from an offset to two's complement
+        codes = codes ^ (1 << numbers.bits - 1)
+    else:
+        zeros = pack_weights(zeros, numbers.bits, layout="dense", dim=1)
+    rows, cols = codes.shape
+    data = pack_weights(codes, numbers.bits, layout="dense", dim=1)
+    scales = numbers.scales.contiguous()
+    return PackedWeights(scheme, (rows, cols), data, scales, None, zeros, None, dtype)
+
+
+def group_order(places: torch.Tensor, group: int, groups: int, key: str) -> torch.Tensor | None:
+    """Which scale each run of ``group`` neighbouring columns has, out of the scale of each column.
+
+    Args:
+        places: integers ``[in]``, the group of each column (``g_idx``).
+        group: columns of a group.
+        groups: how many there are.
+        key: of ``places``, for errors.
+
+    Returns:
+        int64, one for each run; None where the groups lie in order.
+
+    Raises:
+        FormatError: if neighbours do not share their scales (act-order), or a group does not exist.
+
+    Example:
+        >>> group_order(torch.tensor([1, 1, 0, 0]), 2, 2, "g_idx")
+        tensor([1, 0])
+    """
+    places = places.long()
+    if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < groups:
+        raise FormatError(f"{key} names a group that is none of the {groups} there are")
+    order = places[::group]
+    if not torch.equal(order.repeat_interleave(group)[: len(places)], places):
+        raise FormatError(
+            f"{key} scatters groups over the columns (act-order, desc_act): here a group is "
+            f"{group} neighbouring columns, so that its scales could not be kept; quantize without "
+            "act-order, or with static groups"
+        )
+    return None if torch.equal(order, torch.arange(len(order))) else order
