@@ -40,7 +40,8 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
-from quantization.integrations.transformers_config import METHOD, QuantizationConfig
+from quantization.checkpoint.plain_config import METHOD
+from quantization.integrations.transformers_config import QuantizationConfig
 from quantization.integrations.transformers_stored import (
     StoredWeights,
     state_dict_of,

@@ -1,17 +1,6 @@
 """The config of the transformers quantizer: a recipe to follow, and the table of what was made.
 
-In ``config.json`` it is the value of ``quantization_config``, in plain values::
-
-    quant_method    "quantization"
-    format_version  1
-    recipe          the name of a scheme, or rules [{"pattern", "scheme"}], of which the first that
-                    matches is followed; null where no such recipe made the layers
-    exclude, untie, strict, nonfinite   the arguments of quantization.quantize_model
-    unfuse_experts  whether fused experts were given linear layers
-    layers          {dotted name: name of its scheme, or "w8a16" for the int8 layer}
-    ties            {key of a state dict: the key whose tensor it shares}, for tensors of layers
-    schemes         {name: the fields of the scheme, in words}
-    bit_layout      what each tensor of a layer holds, in words
+Its form in ``config.json``: :mod:`quantization.checkpoint.plain_config`.
 """
 
 from __future__ import annotations
@@ -23,6 +12,14 @@ import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantization.checkpoint.plain_config import (
+    METHOD,
+    OPTIONS,
+    VERSION,
+    check_plain,
+    scheme_of_form,
+    table_of,
+)
 from quantization.conversion import memory_of
 from quantization.experts import UnfusedExperts
 from quantization.model_quantizer import form_of, quantize_model
@@ -33,26 +30,7 @@ from quantization.scheme import Scheme
 
 __all__ = ["METHOD", "QuantizationConfig"]
 
-METHOD = "quantization"
-VERSION = 1
 DEFAULT_EXCLUDE = ("lm_head",)
-
-BIT_LAYOUT = {
-    "weight": "w[n, k] = (v - z) * s in float32, for row n and column k in group g = k // group; "
-    "group is that of the scheme, or the whole row. A tensor 'weight' of shape [0, 0] stands where "
-    "a float weight would: it has no numbers and only stops loaders that do not know this format.",
-    "packed_weights": "uint8 [out, row bytes]: the codes of a row one after the other, each of "
-    "'bits' bits, lowest bit first, from the lowest bit of the first byte on; rows start on a "
-    "byte. v is codebook[code] where there is a codebook; else the code, unsigned where there are "
-    "zero points, in two's complement where there are none. Grid ternary: five codes a byte, base "
-    "3, the first the lowest digit; 2 stands for -1.",
-    "scales": "s: floats [out, groups]; or uint8 [out, groups] that scale_steps [out] multiply; "
-    "or, in grid mxfp4, uint8 exponents, s = 2 ** (u - 127), 255 for NaN.",
-    "zero_points": "z: floats [out, groups]; or codes packed as the weights are, one a group; "
-    "where there is no such tensor, z = 0.",
-    "codebook": "floats [1, 2 ** bits], or [out, 2 ** bits], one row of levels for each row.",
-    "int8_weights": "w8a16 layers: int8 [out, in], w[n, k] = int8_weights[n, k] * scales[n].",
-}
 
 
 class QuantizationConfig(QuantizationConfigMixin):
@@ -134,11 +112,11 @@ class QuantizationConfig(QuantizationConfigMixin):
             True
         """
         plain = {**config_dict}
-        _check_plain(plain)
+        check_plain(plain)
         layers, recipe = plain.get("layers"), plain.get("recipe")
         if recipe is None and layers is None:
             raise ValueError("quantization_config has neither a 'recipe' nor 'layers'")
-        options = {key: plain[key] for key in _OPTIONS if key in plain}
+        options = {key: plain[key] for key in OPTIONS if key in plain}
         config = cls("w8" if recipe is None else _recipe_from(recipe), **options)
         if recipe is None:
             config.recipe = None
@@ -147,22 +125,16 @@ class QuantizationConfig(QuantizationConfigMixin):
         return (config, kwargs) if return_unused_kwargs else config
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, as the head of the module lists them; those of layers if there are any.
+        """Plain values, with the table of layers if there is one.
 
         Example:
             >>> QuantizationConfig("w4").to_dict()["format_version"]
             1
         """
         plain = {"quant_method": METHOD, "format_version": VERSION, "recipe": self.recipe}
-        plain |= {key: getattr(self, key) for key in _OPTIONS}
+        plain |= {key: getattr(self, key) for key in OPTIONS}
         if self.layers is not None:
-            names = sorted(set(self.layers.values()))
-            plain |= {
-                "layers": dict(self.layers),
-                "ties": dict(self.ties),
-                "schemes": {name: _scheme_of(name).to_dict() for name in names},
-                "bit_layout": dict(BIT_LAYOUT),
-            }
+            plain |= table_of(self.layers, self.ties)
         return plain
 
     def __eq__(self, other: object) -> bool:
@@ -229,12 +201,6 @@ class QuantizationConfig(QuantizationConfigMixin):
         return config.describe(model)
 
 
-_OPTIONS = ("exclude", "untie", "strict", "nonfinite", "unfuse_experts")
-_KEYS = {
-    "quant_method", "format_version", "recipe", "layers", "ties", "schemes", "bit_layout", *_OPTIONS
-}  # fmt: skip
-
-
 def rules_of(layers: Mapping[str, str] | None) -> dict[Any, Scheme | str]:
     """Rules that give each layer of a table its scheme, and no other layer any.
 
@@ -250,7 +216,8 @@ def rules_of(layers: Mapping[str, str] | None) -> dict[Any, Scheme | str]:
         return lambda name, module: name in chosen
 
     return {
-        among(chosen): form if form == W8A16 else _scheme_of(form) for form, chosen in names.items()
+        among(chosen): form if form == W8A16 else scheme_of_form(form)
+        for form, chosen in names.items()
     }
 
 
@@ -261,10 +228,6 @@ def _tensors(modules: Iterable[tuple[str, nn.Module]]) -> Iterator[tuple[str, to
         for key, tensor in (module._parameters | module._buffers).items():
             if tensor is not None and tensor.numel():
                 yield prefix + key, tensor
-
-
-def _scheme_of(form: str) -> Scheme:
-    return Scheme.int8() if form == W8A16 else Scheme.parse(form)
 
 
 def _check_pattern(pattern: Any) -> None:
@@ -301,42 +264,3 @@ def _recipe_from(plain: Any) -> Any:
                     f"{rule!r:.80}"
                 )
     return rules
-
-
-def _check_plain(plain: dict[str, Any]) -> None:
-    """Raise unless a dict has the keys and values of a config of this version."""
-    if plain.get("quant_method", METHOD) != METHOD:
-        raise ValueError(f"quant_method is {plain['quant_method']!r}, not {METHOD!r}")
-    version = plain.get("format_version", None if "layers" in plain else VERSION)
-    if type(version) is not int or not 1 <= version <= VERSION:
-        raise ValueError(
-            f"quantization_config has the format_version {version!r:.40}; this package reads "
-            f"{VERSION}: install a later one"
-        )
-    unknown = sorted(map(str, plain.keys() - _KEYS))
-    if unknown:
-        raise ValueError(
-            f"quantization_config has the unknown key {unknown[0]!r}; known are "
-            f"{', '.join(sorted(_KEYS))}"
-        )
-    if plain.get("layers") is not None:
-        _check_layers(plain["layers"], plain.get("ties", {}), plain.get("schemes", {}))
-
-
-def _check_layers(layers: Any, ties: Any, schemes: Any) -> None:
-    if not all(isinstance(value, dict) for value in (layers, ties, schemes)):
-        raise ValueError("quantization_config: layers, ties and schemes are objects")
-    for name, form in layers.items():
-        try:
-            scheme = _scheme_of(form)
-            described = Scheme.from_dict(schemes[form]) if form in schemes else scheme
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"quantization_config: layer {name!r}: {error}") from None
-        if described != scheme:
-            raise ValueError(
-                f"quantization_config: the scheme {form!r} of layer {name!r} is described as "
-                f"{described}"
-            )
-    for key, first in ties.items():
-        if key.rpartition(".")[0] not in layers or not isinstance(first, str):
-            raise ValueError(f"quantization_config: {key!r} is tied, and is no tensor of a layer")

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers.modeling_utils import str_to_torch_dtype
 
-from quantization.experts import unfuse_experts
+from quantization.experts import bare_experts, unfuse_experts
 from quantization.integrations.transformers_config import QuantizationConfig, rules_of
 from quantization.integrations.transformers_ties import share_tensors
 from quantization.model_quantizer import form_of, quantize_model
+from quantization.module_walker import walk
 from quantization.packed_module import PackedModule
 from quantization.quantized_module import QuantizedModule, check_incoming, placeholder
 
@@ -61,7 +62,8 @@ class StoredWeights:
                 "config.json has a quantization_config without 'layers': the model beside it was "
                 "not saved by this package; delete the entry to load it as a float model"
             )
-        if config.unfuse_experts:
+        is_strange = any(_place(model, name) is None for name in config.layers)
+        if config.unfuse_experts or (is_strange and bare_experts(list(walk(model)))):
             unfuse_experts(model)
         names = _names_in(model, config.layers)
         forms = {own: config.layers[name] for name, own in names.items()}

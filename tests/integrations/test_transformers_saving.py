@@ -24,8 +24,11 @@ from quantization import (
     Scheme,
     Target,
     dequantize_model,
+    load_quantized,
+    quantize_checkpoint,
     quantize_model,
     replace_linear_layers_with_w8a16,
+    save_quantized,
 )
 from quantization.integrations.transformers import QuantizationConfig
 
@@ -50,7 +53,7 @@ def test_the_config_says_everything_in_plain_values(
     assert plain["layers"]["model.layers.1.self_attn.q_proj"] == "w4g64a"
     assert len(plain["layers"]) == len(quantized(model)) == 11
     assert plain["schemes"]["w4g64a"]["granularity"] == {"kind": "group", "by": 64}
-    assert "lowest bit first" in plain["bit_layout"]["packed_weights"]
+    assert any("lowest bit first" in line for line in plain["how_to_read"])
     again = load("llama", tmp_path)
     assert again.config.quantization_config.recipe == plain["recipe"]
 
@@ -167,6 +170,34 @@ def test_a_float_model_is_saved_as_ever(floats: dict[str, Path], tmp_path: Path)
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
     mine, theirs = (load_file(f / "model.safetensors") for f in (tmp_path, floats["tied"]))
     assert mine.keys() == theirs.keys()
+
+
+# ---- folders of quantization.checkpoint ------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tied", "bert", "t5", "gpt2"])
+def test_folders_of_save_quantized_load(kind: str, floats: dict[str, Path], tmp_path: Path) -> None:
+    model = load(kind, floats[kind])
+    rules = {EVERY_EMBEDDING: "w6g32", nn.Linear: "w8a16", "*": "w4g64a"}
+    quantize_model(model, rules if kind != "gpt2" else {EVERY_EMBEDDING: "w6g32", "*": "w4g64a"})
+    save_quantized(model, tmp_path / "codes")
+    again = load(kind, tmp_path / "codes")
+    assert_same(again, model)
+    assert torch.equal(logits(kind, again), logits(kind, model))
+    save_quantized(again, tmp_path / "second")
+    assert_same(load_quantized(tmp_path / "second"), model)
+    again.save_pretrained(tmp_path / "third")
+    assert_same(load(kind, tmp_path / "third"), model)
+
+
+@pytest.mark.parametrize("recipe", ["w8a16", {"re:(embed_tokens|lm_head)$": "w8", "*": "w4g32a"}])
+def test_folders_of_quantize_checkpoint_load(
+    recipe: Any, floats: dict[str, Path], tmp_path: Path
+) -> None:
+    quantize_checkpoint(floats["tied"], tmp_path / "codes", recipe)
+    model = load("tied", floats["tied"])
+    quantize_model(model, recipe)
+    assert_same(load("tied", tmp_path / "codes"), model)
 
 
 # ---- placing and running -------------------------------------------------------------------------
