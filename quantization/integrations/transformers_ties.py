@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from quantization.conversion import memory_of
+from quantization.module_walker import walk
 from quantization.quantized_module import QuantizedModule
 
 __all__ = ["settle_ties", "share_tensors", "tie_parameters"]
@@ -29,7 +30,7 @@ def settle_ties(model: nn.Module) -> None:
     Example:
         >>> settle_ties(nn.Linear(8, 8))
     """
-    for module in model.modules():
+    for module in {id(site.module): site.module for site in walk(model)}.values():
         if isinstance(module, PreTrainedModel) and hasattr(module, "all_tied_weights_keys"):
             _settle(module)
 
