@@ -98,6 +98,7 @@ FLOORS = {
     "safetensors_files": 7.7,
     "restore": 7.8,
     "checkpoint": 8.2,
+    "integrations": 8.3,
     "demo": 8,
     "model_download": 8,
     "weight_checks": 8,
