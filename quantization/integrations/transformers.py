@@ -21,8 +21,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ from quantization.integrations.transformers_stored import (
 )
 from quantization.integrations.transformers_ties import settle_ties
 from quantization.integrations.transformers_weights import FloatWeights
-from quantization.model_quantizer import dequantize_model
+from quantization.model_quantizer import dequantize_model, form_of
 from quantization.quantized_module import QuantizedModule
 from quantization.report import ReplacementReport
 
@@ -173,7 +173,7 @@ def follow(report: ReplacementReport) -> None:
 
 
 @contextmanager
-def _described(model: Any) -> Iterator[None]:
+def _described(model: Any, *_: Any, **__: Any) -> Iterator[None]:
     """For the time of saving, what a model that ``from_pretrained`` quantized has.
 
     Raises:
@@ -203,16 +203,29 @@ def _described(model: Any) -> Iterator[None]:
             model.config.quantization_config = old
 
 
-def _save_with_layers(original: Any) -> Any:
-    """``save_pretrained`` that says of quantized layers what they are, whoever made them."""
+@contextmanager
+def _resizable(model: Any, *sizes: Any, **named_sizes: Any) -> Iterator[None]:
+    """Refuse to resize tables that are codes: transformers would write to what they stand for."""
+    is_asked = any(size is not None for size in (*sizes[:2], *named_sizes.values()))
+    for table in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if is_asked and isinstance(table, QuantizedModule):
+            raise ValueError(
+                f"the {type(table).__name__} of scheme {form_of(table)} cannot be resized: resize "
+                "the float model and quantize it then, or make this one float by dequantize_model"
+            )
+    yield
+
+
+def _within(context: Callable[..., AbstractContextManager[None]], original: Any) -> Any:
+    """A method that runs within a context of its model and arguments."""
 
     @functools.wraps(original)
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        with _described(self):
+    def method(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        with context(self, *args, **kwargs):
             return original(self, *args, **kwargs)
 
-    save_pretrained.describes_layers = True  # type: ignore[attr-defined]
-    return save_pretrained
+    method.knows_quantized = True  # type: ignore[attr-defined]
+    return method
 
 
 def _register() -> None:
@@ -221,8 +234,11 @@ def _register() -> None:
             del mapping[METHOD]  # this module, imported before and reloaded
     register_quantization_config(METHOD)(QuantizationConfig)
     register_quantizer(METHOD)(Quantizer)
-    if not hasattr(PreTrainedModel.save_pretrained, "describes_layers"):
-        PreTrainedModel.save_pretrained = _save_with_layers(PreTrainedModel.save_pretrained)
+    contexts = {"save_pretrained": _described, "resize_token_embeddings": _resizable}
+    for name, context in contexts.items():
+        method = getattr(PreTrainedModel, name)
+        if not hasattr(method, "knows_quantized"):
+            setattr(PreTrainedModel, name, _within(context, method))
 
 
 _register()

@@ -187,3 +187,16 @@ def test_a_config_given_to_a_quantized_model_is_not_obeyed(saved: Path) -> None:
     with pytest.warns(UserWarning, match="from the model will be used"):
         model = load("llama", saved, quantization_config=QuantizationConfig("w8"))
     assert str(model.model.layers[0].mlp.up_proj.scheme) == "w4g32a"
+
+
+@pytest.mark.parametrize("rules", [{"embed_tokens": "w8", "*": "w4"}, {"*": "w4"}])
+def test_tables_of_codes_are_not_resized(rules: Any, floats: dict[str, Path]) -> None:
+    model = load("llama", floats["llama"], quantization_config=QuantizationConfig(rules, ()))
+    assert model.resize_token_embeddings() is model.get_input_embeddings()
+    with pytest.raises(ValueError, match="cannot be resized: resize the float model"):
+        model.resize_token_embeddings(270)
+    with pytest.raises(ValueError, match="cannot be resized"):
+        model.resize_token_embeddings(pad_to_multiple_of=64)
+    assert model.get_input_embeddings().num_embeddings == 264
+    model = load("llama", floats["llama"], quantization_config=QuantizationConfig("w4"))
+    assert model.resize_token_embeddings(270).num_embeddings == 270

@@ -1,0 +1,39 @@
+"""A library that is missing or too old is named, with what installs it; others are left alone."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from quantization import integrations, quantize_model
+
+
+@pytest.mark.parametrize(
+    ("library", "least", "text"),
+    [
+        (
+            "no-such-library",
+            "1",
+            r'no-such-library 1 or later is needed: pip install "quantization',
+        ),
+        ("torch", "999.1", r"torch 2\.\S+ is installed, 999\.1 or later is needed: pip install"),
+    ],
+)
+def test_what_is_missing_is_named(library: str, least: str, text: str) -> None:
+    with pytest.raises(ImportError, match=text):
+        integrations.need(library, least, "transformers")
+
+
+def test_a_library_of_an_unknown_version_does_not_hinder_a_swap(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(name: str) -> None:
+        raise ImportError(f"{name} needs another version")
+
+    monkeypatch.setitem(sys.modules, "peft", sys)
+    monkeypatch.setattr(integrations, "import_module", refuse)
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    assert quantize_model(model, "w4").replaced
