@@ -94,6 +94,7 @@ FLOORS = {
     "model_quantizer": 7.6,
     "distributed": 7.8,
     "files": 1,
+    "extras": 1,
     "stored_model": 7.6,
     "safetensors_files": 7.7,
     "restore": 7.8,

@@ -35,9 +35,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from quantization.extras import need
 from quantization.files import new_file
 from quantization.formats import FormatError
-from quantization.formats.extras import need
 from quantization.formats.gguf_blocks import TYPES
 from quantization.formats.gguf_config import rope_factors, sizes_of, write_config
 from quantization.formats.gguf_names import EMBEDDING, HEAD, Names, architecture_for

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from quantization.extras import need
 from quantization.formats import FormatError
-from quantization.formats.extras import need
 
 __all__ = ["FileTensor", "Header", "read_header"]
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from quantization.extras import need
 from quantization.formats import FormatError
-from quantization.formats.extras import need
 
 __all__ = ["ARCHITECTURES", "Architecture", "Names", "architecture_for", "architecture_named"]
 

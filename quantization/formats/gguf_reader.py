@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from quantization.dtypes import SOURCES, source_of
+from quantization.extras import need
 from quantization.formats import FormatError
-from quantization.formats.extras import need
 from quantization.formats.gguf_blocks import TYPES
 from quantization.formats.gguf_config import config_of, sizes_in
 from quantization.formats.gguf_header import FileTensor, Header, read_header

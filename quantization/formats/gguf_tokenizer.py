@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from quantization.extras import need
 from quantization.formats import FormatError
-from quantization.formats.extras import need
 from quantization.formats.gguf_header import read_header
 
 __all__ = ["save_tokenizer", "write_tokenizer"]

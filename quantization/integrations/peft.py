@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantization.integrations import need
+from quantization.extras import need
 
-need("peft", "0.21", "peft")
+need("peft", "peft", "0.21")
 
 from peft import LoraConfig
 from peft.tuners import lora

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from quantization.integrations import need
+from quantization.extras import need
 
-need("transformers", "5.22", "transformers")
+need("transformers", "transformers", "5.22")
 
 from transformers import PreTrainedModel
 from transformers.quantizers import HfQuantizer

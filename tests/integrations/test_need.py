@@ -9,6 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from quantization import integrations, quantize_model
+from quantization.extras import need
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ from quantization import integrations, quantize_model
 )
 def test_what_is_missing_is_named(library: str, least: str, text: str) -> None:
     with pytest.raises(ImportError, match=text):
-        integrations.need(library, least, "transformers")
+        need(library, "transformers", least)
 
 
 def test_a_library_of_an_unknown_version_does_not_hinder_a_swap(
