@@ -21,9 +21,15 @@ MODULES = sorted(
 )
 
 
+#: Modules whose examples need a package that is an extra.
+NEEDS = {"quantization.formats.onnx": "onnx"}
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name: str) -> None:
     pytest.importorskip("torch")
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
     try:
         module = importlib.import_module(name)
     except ImportError as error:
