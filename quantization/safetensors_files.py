@@ -25,18 +25,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantization.files import member
+from quantization.json_files import CheckpointError, parse_json, read_json
 from quantization.stored_model import StoredTensor
 
 __all__ = [
     "INDEX",
-    "CheckpointError",
     "Entry",
     "Header",
     "TensorFile",
     "TensorFolder",
     "TensorWriter",
     "read_header",
-    "read_json",
 ]
 
 INDEX = "model.safetensors.index.json"
@@ -51,10 +50,6 @@ _DTYPES = {
 _NAMES = {name: short for short, name in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes, as the library has it
 _ALIGNMENT = 64
-
-
-class CheckpointError(ValueError):
-    """A file or folder is not what it should be; the message names it and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -159,41 +154,6 @@ def _check_coverage(path: Path, entries: Mapping[str, Entry], begin: int, nbytes
         )
 
 
-def parse_json(text: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in which no key comes twice.
-
-    Raises:
-        CheckpointError: if it is none.
-
-    Example:
-        >>> parse_json(b'{"a": 1, "a": 2}', "config.json")
-        Traceback (most recent call last):
-            ...
-        quantization.safetensors_files.CheckpointError: config.json has the key 'a' twice
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise CheckpointError(f"{what} has the key {twice!r} twice")
-        return made
-
-    try:
-        plain = json.loads(text.decode(), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not JSON: {error}") from None
-    if not isinstance(plain, dict):
-        raise CheckpointError(f"{what} is JSON, but no object")
-    return plain
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a JSON file, as :func:`parse_json` reads it."""
-    return parse_json(Path(path).read_bytes(), str(path))
-
-
 class TensorFile:
     """A safetensors file whose header is checked.
 
@@ -224,18 +184,30 @@ class TensorFile:
     def rows(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Rows of a tensor in memory of their own, read without mapping the file."""
         entry = self.header.entries[key]
-        dtype, (_, *inner) = getattr(torch, entry.dtype), entry.shape
-        row_bytes = math.prod(inner) * dtype.itemsize
-        count = (stop - start) * row_bytes
-        raw = np.fromfile(self.path, np.uint8, count, offset=entry.start + start * row_bytes)
-        if raw.size != count:
-            raise CheckpointError(f"{self.path} became shorter while it was read")
-        return torch.from_numpy(raw).view(dtype).reshape(stop - start, *inner)
+        inner = entry.shape[1:]
+        row_bytes = math.prod(inner) * getattr(torch, entry.dtype).itemsize
+        at = entry.start + start * row_bytes
+        return self._read(entry.dtype, (stop - start, *inner), at)
+
+    def _read(self, dtype: str, shape: tuple[int, ...], at: int) -> torch.Tensor:
+        made = torch.empty(shape, dtype=getattr(torch, dtype))
+        if made.numel():
+            raw = np.fromfile(self.path, np.uint8, made.nbytes, offset=at)
+            if raw.size != made.nbytes:
+                raise CheckpointError(f"{self.path} became shorter while it was read")
+            made = torch.from_numpy(raw).view(made.dtype).reshape(shape)
+        return made
 
     def stored(self, key: str) -> StoredTensor:
         """A tensor that is read when it is asked for."""
         entry = self.header.entries[key]
         return StoredTensor(entry.shape, entry.dtype, partial(self.tensor, key))
+
+    def to_read(self, key: str) -> StoredTensor:
+        """The same in memory of its own: of a mapped file, all pages ever touched stay resident."""
+        entry = self.header.entries[key]
+        load = partial(self._read, entry.dtype, entry.shape, entry.start)
+        return StoredTensor(entry.shape, entry.dtype, load)
 
 
 class TensorFolder:

@@ -91,6 +91,7 @@ FLOORS = {
     "experts": 7.3,
     "model_quantizer": 7.6,
     "files": 1,
+    "json_files": 1,
     "stored_model": 7.6,
     "safetensors_files": 7.7,
     "restore": 7.8,

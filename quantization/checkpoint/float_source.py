@@ -14,13 +14,14 @@ from torch import nn
 from quantization.checkpoint.format import CONFIG
 from quantization.checkpoint.skeleton import skeleton_of_config, skeleton_of_names
 from quantization.granularity import Granularity
+from quantization.json_files import CheckpointError, read_json
 from quantization.model_quantizer import quantize_model
 from quantization.module_walker import Pattern, Site, walk
 from quantization.packed_module import pack_as
 from quantization.packed_weights import PackedWeights
 from quantization.recipe import Recipe
 from quantization.report import ReplacementReport
-from quantization.safetensors_files import INDEX, CheckpointError, TensorFolder, read_json
+from quantization.safetensors_files import INDEX, TensorFolder
 from quantization.scheme import Scheme
 from quantization.stored_model import StoredLayer, StoredModel, saved_tensors, stored_model
 
@@ -84,8 +85,9 @@ def open_source(
         name: replace(layer, load=partial(_packed, files, name, layer, nonfinite, found))
         for name, layer in template.layers.items()
     }
-    tensors = {key: files.file_of[found[key]].stored(found[key]) for key in template.tensors}
-    dropped = tuple(key for key in files.file_of if key not in set(found.values()))
+    tensors = {key: files.file_of[found[key]].to_read(found[key]) for key in template.tensors}
+    used = set(found.values())
+    dropped = tuple(key for key in files.file_of if key not in used)
     stored = StoredModel(
         layers,
         tensors,

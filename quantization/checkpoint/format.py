@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
+from quantization.json_files import CheckpointError, parse_json
 from quantization.packed_weights import PackedWeights
-from quantization.safetensors_files import CheckpointError, parse_json
 from quantization.scheme import Scheme
 from quantization.stored_model import KINDS, StoredLayer
 

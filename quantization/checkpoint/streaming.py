@@ -33,10 +33,11 @@ from quantization.checkpoint.format import VERSION, FileRecord
 from quantization.checkpoint.reading import check_hashes, check_record
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, Shard, finish, plan_shards, write_shard
 from quantization.files import free_place, put_in_place, sync
+from quantization.json_files import CheckpointError, read_json
 from quantization.module_walker import Pattern
 from quantization.recipe import Recipe
 from quantization.report import ReplacementReport
-from quantization.safetensors_files import CheckpointError, TensorFile, read_json
+from quantization.safetensors_files import TensorFile
 
 __all__ = ["partial_folder", "quantize_checkpoint"]
 
