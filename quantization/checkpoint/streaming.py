@@ -17,8 +17,9 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
@@ -91,9 +92,11 @@ def quantize_checkpoint(
         A report of every layer; its model has shapes only.
 
     Raises:
-        FileExistsError: if the destination is there, or is the source.
+        FileExistsError: if the destination is there, or is or holds the source.
         FileNotFoundError, CheckpointError: if the source is incomplete or broken.
-        CheckpointError: if an unfinished run of another kind, or one that still runs, is there.
+        CheckpointError: if an unfinished run of another kind, or one that still runs, is there; or
+            if the source changes meanwhile.
+        RuntimeError: if a worker dies.
         OSError: if the disk fills; the destination does not appear, and the source is untouched.
         Whatever :func:`quantization.quantize_model` raises, before anything is written.
 
@@ -108,13 +111,13 @@ def quantize_checkpoint(
         (['model.safetensors', 'quantization.json'], 2560)
     """
     source, destination = Path(source), Path(destination)
-    if source.resolve() == destination.resolve():
-        raise FileExistsError(f"the destination {destination} is the source")
+    _refuse_source(destination, source)
     free_place(destination, overwrite=overwrite)
     if workers > 1 and model is not None:
         raise ValueError("workers build the model themselves: give no model, or workers=1")
     options = {"exclude": exclude, "nonfinite": nonfinite}
     planned = open_source(source, recipe, model=model, **options)
+    _refuse_source(destination, *(file.path for file in planned.files.files.values()))
     _tell_dropped(planned)
     shards = plan_shards(planned.stored, max_shard_bytes)
     rank, world = _ranks(workers)
@@ -132,10 +135,22 @@ def quantize_checkpoint(
             records = {shard.name: _record(folder, shard) for shard in shards}
             if None in records.values():
                 raise CheckpointError(f"{folder}: a process did not finish its files")
+            if _fingerprint(planned, shards, nonfinite) != key:
+                raise CheckpointError(f"{source} was changed while it was read")
+            _keep_only(folder / _FILES, records)
             finish(folder / _FILES, planned.stored, records)
             put_in_place(folder / _FILES, destination)
         _barrier(world)
     return planned.report
+
+
+def _refuse_source(destination: Path, *sources: Path) -> None:
+    """Replacing a folder would remove a source that lies in it."""
+    place = destination.resolve()
+    for source in sources:
+        if place in (source.resolve(), *source.resolve().parents):
+            what = "is the source" if place == source.resolve() else f"holds the source {source}"
+            raise FileExistsError(f"the destination {destination} {what}")
 
 
 def _tell_dropped(planned: FloatSource) -> None:
@@ -183,6 +198,11 @@ def _by_workers(
         for future in as_completed(running):
             future.result()
             meter.tell("", _size(running[future]))
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a worker died (killed, perhaps for want of memory); what is finished is kept, and the "
+            "same call goes on"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -298,21 +318,30 @@ def _partial(destination: Path, key: str, restart: bool, *, is_first: bool) -> I
         os.close(lock)
 
 
+def _keep_only(files: Path, records: Mapping[str, FileRecord]) -> None:
+    """A kill while a folder was replaced leaves the replaced one's files here."""
+    for path in files.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in records:
+            path.unlink()
+
+
 def _take_up(folder: Path, key: str, restart: bool) -> None:
     """Go on with the run of that key, or begin it."""
-    if restart:
+    journal, temporary = folder / _JOURNAL, folder / "journal.tmp"
+    is_other = not restart and journal.is_file() and read_json(journal).get("key") != key
+    if is_other and any(folder.glob("*.safetensors.json")):
+        raise CheckpointError(
+            f"{folder} holds an unfinished run of another recipe, or of another source or a "
+            "source that has changed: restart=True throws it away"
+        )
+    if restart or is_other:  # of which nothing is finished
         shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(exist_ok=True)
-    journal, temporary = folder / _JOURNAL, folder / "journal.tmp"
-    if journal.is_file():
-        if read_json(journal).get("key") != key:
-            raise CheckpointError(
-                f"{folder} holds an unfinished run of another recipe, or of another source or a "
-                "source that has changed: restart=True throws it away"
-            )
-    elif any(path != temporary for path in folder.iterdir()):
+    if not journal.is_file() and any(path != temporary for path in folder.iterdir()):
         raise CheckpointError(f"{folder} is no unfinished run: restart=True throws it away")
-    else:
+    if not journal.is_file():
         temporary.write_text(json.dumps({"key": key}))
         sync(temporary)
         temporary.replace(journal)
