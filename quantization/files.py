@@ -41,7 +41,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     try:
         folder.chmod(0o777 & ~_umask())
         yield folder
-        put_in_place(folder, path)
+        put_in_place(folder, free_place(path, overwrite=overwrite))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -54,7 +54,9 @@ def free_place(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path
         FileExistsError: as :func:`new_folder` says.
     """
     path = Path(path)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
+    if path.is_symlink():
+        raise FileExistsError(f"{path} is a link; give the folder that it leads to")
+    if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is there and is no folder")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise FileExistsError(

@@ -45,7 +45,7 @@ _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
     "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16",
     "U32": "uint32", "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "C64": "complex64",
+    "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
 }  # fmt: skip
 _NAMES = {name: short for short, name in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes, as the library has it
@@ -288,6 +288,9 @@ class TensorWriter:
         tensors: dtype (torch's name) and shape by key.
         metadata: texts for the header.
 
+    Raises:
+        CheckpointError: for a key or a dtype that such files cannot have.
+
     Attributes:
         sha256: of each tensor's bytes, once it is written.
 
@@ -312,6 +315,8 @@ class TensorWriter:
         self._wanted = dict(tensors)
         head: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         self._starts: dict[str, int] = {}
+        for key, (dtype, _) in self._wanted.items():
+            _check_writable(key, dtype)
         at = 0
         for key in sorted(self._wanted, key=lambda key: (-_itemsize(self._wanted[key][0]), key)):
             dtype, shape = self._wanted[key]
@@ -333,7 +338,7 @@ class TensorWriter:
         """Write a tensor, on any device, to its place.
 
         Raises:
-            CheckpointError: if it has another dtype or shape than was announced.
+            CheckpointError: if it has another dtype or shape than was announced, or is on meta.
         """
         dtype, shape = self._wanted[key]
         given = str(tensor.dtype).removeprefix("torch.")
@@ -341,7 +346,10 @@ class TensorWriter:
             raise CheckpointError(
                 f"{key} was announced as {dtype} {shape} and is {given} {tuple(tensor.shape)}"
             )
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if tensor.is_meta:
+            raise CheckpointError(f"{key} is on meta: it has no numbers to write")
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        flat = plain.cpu().contiguous().reshape(-1)
         data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
         self._file.seek(len(self._head) + self._starts[key])
         self._file.write(data)
@@ -358,7 +366,15 @@ class TensorWriter:
             os.fsync(self._file.fileno())
 
 
-def _itemsize(dtype: str) -> int:
+def _check_writable(key: str, dtype: str) -> None:
+    is_text = all(ord(sign) >= 32 and not 0xD800 <= ord(sign) < 0xE000 for sign in key)
+    if not is_text or key == "__metadata__":
+        raise CheckpointError(f"{key!r} cannot be the key of a tensor in a safetensors file")
     if dtype not in _NAMES:
-        raise CheckpointError(f"safetensors files have no dtype {dtype}: {', '.join(_NAMES)}")
+        raise CheckpointError(
+            f"{key} is {dtype}, which safetensors files do not have: {', '.join(_NAMES)}"
+        )
+
+
+def _itemsize(dtype: str) -> int:
     return getattr(torch, dtype).itemsize

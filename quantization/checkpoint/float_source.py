@@ -68,13 +68,18 @@ def open_source(
         nonfinite: as for :func:`quantization.quantize_model`.
 
     Raises:
-        FileNotFoundError, CheckpointError: if files are missing, broken, or lack a tensor.
+        FileNotFoundError, CheckpointError: if files are missing, broken, lack a tensor, or are
+            quantized already.
         Whatever :func:`quantization.quantize_model` raises.
     """
     files = TensorFolder(folder)
     config = files.path / CONFIG
     has_config = files.path.is_dir() and config.is_file()
     if model is None:
+        if has_config and "quantization_config" in read_json(config):
+            raise CheckpointError(
+                f"{files.path} is quantized already: its {CONFIG} has a quantization_config"
+            )
         forms = {key: (files.entry(key).dtype, files.entry(key).shape) for key in files.file_of}
         model = skeleton_of_config(files.path) if has_config else skeleton_of_names(forms)
     sites = list(walk(model))
