@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -147,6 +148,28 @@ def test_a_worker_that_dies_is_told_of(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.undo()
     quantize_checkpoint(source, tmp_path / "new", "w4", workers=2)
     assert {path.name for path in tmp_path.iterdir()} == {"float", "new"}
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("required_features",), 7, "required_features that are no list of names"),
+        (("required_features",), [[]], "required_features that are no list of names"),
+        (("layers", "", "padding_idx"), 20, "'padding_idx': 20}, and 20 rows"),
+        (("layers", "", "padding_idx"), -21, "'padding_idx': -21}, and 20 rows"),
+    ],
+)
+def test_a_document_that_lies(path: tuple, value: object, message: str, tmp_path: Path) -> None:
+    report = quantize_model(nn.Embedding(20, 32), {nn.Embedding: "w4"})
+    save_quantized(report.model, tmp_path / "saved")
+    file = tmp_path / "saved/quantization.json"
+    document = inner = json.loads(file.read_text())
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value
+    file.write_text(json.dumps(document))
+    with pytest.raises(CheckpointError, match=re.escape(message)):
+        load_quantized(tmp_path / "saved", nn.Embedding(20, 32))
 
 
 # ---- models ----------------------------------------------------------------------------------
