@@ -300,3 +300,45 @@ def test_a_folder_that_comes_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "a")
     with pytest.raises(FileExistsError, match="is a link"):
         save_quantized(nn.Linear(2, 2), tmp_path / "link", overwrite=True)
+
+
+@pytest.mark.parametrize("place", [".", "..", "inner/..", ""])
+def test_the_current_directory_is_no_destination(place: str, tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "here/inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    for overwrite in (False, True):
+        with pytest.raises(FileExistsError, match="is or holds the current directory"):
+            save_quantized(nn.Linear(2, 2), place, overwrite=overwrite)
+    assert [path.name for path in tmp_path.rglob("*")] == ["here", "inner"]
+
+
+def test_where_names_cannot_be_exchanged_a_folder_is_replaced_in_two_steps(
+    tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr("quantization.files._exchange", lambda a, b: False)
+    rename, fails_at = Path.rename, [0]
+
+    def failing(self: Path, target: Path) -> Path:
+        fails_at[0] -= 1
+        if fails_at[0] == 0:
+            raise OSError("no")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a/mine").write_text("mine")
+    for step in (1, 2):
+        fails_at[0] = step
+        with pytest.raises(OSError, match="no"):
+            save_quantized(nn.Linear(2, 2), tmp_path / "a", overwrite=True)
+        assert [path.name for path in tmp_path.rglob("*")] == ["a", "mine"]
+    save_quantized(nn.Linear(2, 2), tmp_path / "a", overwrite=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert files_of(tmp_path / "a").keys() == {"model.safetensors", "quantization.json"}
+
+
+def test_workers_are_told_of_a_recipe_that_cannot_be_sent(tmp_path: Path) -> None:
+    source = float_folder(tmp_path / "float")
+    with pytest.raises(ValueError, match="use workers=1"):
+        quantize_checkpoint(source, tmp_path / "new", {lambda *site: True: "w4"}, workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["float"]
