@@ -1,4 +1,4 @@
-# needs: gguf transformers accelerate
+# needs: gguf, transformers, accelerate
 """A quantized Llama into a GGUF file and back: the same logits, and transformers opens the file."""
 
 import tempfile

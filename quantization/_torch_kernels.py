@@ -4,6 +4,7 @@ Importing this module imports torch. The operators (``torch.ops.quantization.lin
 ``linear_bias``, ``linear_backward``, ``packed`` and ``packed_backward``) are registered from C
 through torch's stable shim, or, with a torch that lacks it, in Python over the NumPy binding; the
 environment variable ``QUANTIZATION_TORCH_OPS`` forces one of them (``c``, or an error; ``python``).
+Those are kernels for the CPU; other devices have :mod:`quantization._torch_devices`.
 Programs call the functions of :mod:`quantization._torch_ops`: a bare operator has no gradient.
 """
 
@@ -14,7 +15,15 @@ from typing import Any
 
 import torch
 
-from quantization import _kernels
+from quantization import _kernels, _torch_devices
+from quantization._torch_checks import (
+    HAS_BIAS,
+    HAS_CODEBOOK,
+    HAS_STEPS,
+    HAS_ZEROS,
+    check_linear,
+    check_packed,
+)
 
 _SCHEMAS = {
     "linear": "(Tensor x, Tensor weights, Tensor scales, ScalarType dtype) -> Tensor",
@@ -27,10 +36,6 @@ _SCHEMAS = {
     "Tensor zero_points, Tensor codebook, int in_features, int bits, int group, int present, "
     "ScalarType dtype) -> Tensor",
 }
-
-#: Bits of ``present``: which tensors of a packed operator are there. In the place of one that is
-#: not, scales are given.
-HAS_STEPS, HAS_ZEROS, HAS_CODEBOOK, HAS_BIAS = 1, 2, 4, 8
 
 # ---- kernels in Python, for a torch without the stable shim -----------------------------------
 
@@ -60,37 +65,6 @@ def _number(dtype: torch.dtype) -> int:
     return numbers[dtype]
 
 
-def _check(
-    rows: torch.Tensor,
-    weights: torch.Tensor,
-    scales: torch.Tensor,
-    bias: torch.Tensor | None,
-    side: int,
-) -> None:
-    """Shapes and dtypes, as torch_ops.c checks them; works on fake tensors.
-
-    One meta tensor is enough to bring torch here, to a result without numbers: that must be meta.
-    """
-    for tensor in (weights, scales, bias):
-        torch._check(
-            tensor is None or tensor.is_meta == rows.is_meta,
-            lambda: (
-                "some tensors are on the meta device, without numbers, and some are not: load "
-                "or move them first"
-            ),
-        )
-    torch._check(weights.dtype == torch.int8, lambda: f"weights must be int8, not {weights.dtype}")
-    torch._check(
-        weights.dim() == 2 and rows.dim() >= 1 and rows.shape[-1] == weights.shape[side],
-        lambda: f"input {tuple(rows.shape)} does not fit weights {tuple(weights.shape)}",
-    )
-    for vector in (scales, bias):
-        torch._check(
-            vector is None or (vector.dim() == 1 and vector.shape[0] == weights.shape[0]),
-            lambda: f"scales and bias must have {weights.shape[0]} elements (out_features)",
-        )
-
-
 def _python_linear_bias(
     x: torch.Tensor,
     weights: torch.Tensor,
@@ -98,7 +72,7 @@ def _python_linear_bias(
     bias: torch.Tensor | None,
     dtype: torch.dtype,
 ) -> torch.Tensor:
-    _check(x, weights, scales, bias, side=1)
+    check_linear(x, weights, scales, bias, side=1)
     out_features, in_features = weights.shape
     y = torch.empty((*x.shape[:-1], out_features), dtype=dtype)
     _kernels.linear(
@@ -127,7 +101,7 @@ def _python_linear(
 def _python_linear_backward(
     grad: torch.Tensor, weights: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype
 ) -> torch.Tensor:
-    _check(grad, weights, scales, None, side=0)
+    check_linear(grad, weights, scales, None, side=0)
     out_features, in_features = weights.shape
     grad_x = torch.empty((*grad.shape[:-1], in_features), dtype=dtype)
     _kernels.linear_backward(
@@ -143,55 +117,6 @@ def _python_linear_backward(
         _number(scales.dtype),
     )
     return grad_x
-
-
-def packed_row_bytes(count: int, bits: int) -> int:
-    """Bytes of a row of ``count`` codes; 0 bits: five ternary codes a byte."""
-    return -(-count // 5) if bits == 0 else (count * bits + 7) // 8
-
-
-def _check_packed(rows, tensors, in_features, bits, group, present) -> None:
-    """Shapes and dtypes, as torch_ops.c checks them; works on fake tensors."""
-    weights, scales, steps, zeros, codebook = tensors
-    torch._check(
-        0 <= bits <= 8 and group >= 1,
-        lambda: "bits must be 0 (base 3) or 1..8, and group at least 1",
-    )
-    torch._check(
-        bits > 0 or not present & (HAS_ZEROS | HAS_CODEBOOK),
-        lambda: "base-3 codes have neither zero points nor a codebook: bits must be 1..8",
-    )
-    out, groups = weights.shape[0], -(-in_features // group)
-    torch._check(
-        weights.dtype == torch.uint8
-        and tuple(weights.shape) == (out, packed_row_bytes(in_features, bits))
-        and tuple(scales.shape) == (out, groups),
-        lambda: (
-            f"packed weights {tuple(weights.shape)} and scales {tuple(scales.shape)} do not "
-            f"fit {in_features} input features of {bits} bits in groups of {group}"
-        ),
-    )
-    columns = packed_row_bytes(groups, bits) if zeros.dtype == torch.uint8 else groups
-    torch._check(
-        not present & HAS_ZEROS or tuple(zeros.shape) == (out, columns),
-        lambda: f"zero_points {tuple(zeros.shape)} must be {(out, columns)}",
-    )
-    torch._check(
-        not present & HAS_CODEBOOK or tuple(codebook.shape) in ((1, 2**bits), (out, 2**bits)),
-        lambda: f"codebook {tuple(codebook.shape)} must be {(1, 2**bits)} or {(out, 2**bits)}",
-    )
-    torch._check(
-        not present & HAS_STEPS or (tuple(steps.shape) == (out,) and scales.dtype == torch.uint8),
-        lambda: f"scale_steps must be [{out}], of uint8 scales",
-    )
-    for tensor in tensors:
-        torch._check(
-            tensor.is_meta == rows.is_meta,
-            lambda: (
-                "some tensors are on the meta device, without numbers, and some are not: load "
-                "or move them first"
-            ),
-        )
 
 
 def _packed_arguments(tensors, present) -> tuple[list[Any], list[int]]:
@@ -223,7 +148,7 @@ def _python_packed(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     tensors = (weights, scales, scale_steps, zero_points, codebook)
-    _check_packed(x, tensors, x.shape[-1], bits, group, present)
+    check_packed(x, tensors, bias, x.shape[-1], bits, group, present)
     arrays, dtypes = _packed_arguments(tensors, present)
     y = torch.empty((*x.shape[:-1], len(weights)), dtype=dtype)
     _kernels.linear_packed(
@@ -259,7 +184,7 @@ def _python_packed_backward(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     tensors = (weights, scales, scale_steps, zero_points, codebook)
-    _check_packed(grad, tensors, in_features, bits, group, present)
+    check_packed(grad, tensors, None, in_features, bits, group, present)
     arrays, dtypes = _packed_arguments(tensors, present)
     grad_x = torch.empty((*grad.shape[:-1], in_features), dtype=dtype)
     _kernels.linear_packed_backward(
@@ -325,7 +250,7 @@ packed_backward = torch.ops.quantization.packed_backward.default
 
 @torch.library.register_fake("quantization::linear_bias")
 def _fake_linear_bias(x, weights, scales, bias, dtype):
-    _check(x, weights, scales, bias, side=1)
+    check_linear(x, weights, scales, bias, side=1)
     return x.new_empty((*x.shape[:-1], weights.shape[0]), dtype=dtype)
 
 
@@ -336,14 +261,14 @@ def _fake_linear(x, weights, scales, dtype):
 
 @torch.library.register_fake("quantization::linear_backward")
 def _fake_linear_backward(grad, weights, scales, dtype):
-    _check(grad, weights, scales, None, side=0)
+    check_linear(grad, weights, scales, None, side=0)
     return grad.new_empty((*grad.shape[:-1], weights.shape[1]), dtype=dtype)
 
 
 @torch.library.register_fake("quantization::packed")
 def _fake_packed(x, weights, scales, steps, zeros, codebook, bias, bits, group, present, dtype):
     tensors = (weights, scales, steps, zeros, codebook)
-    _check_packed(x, tensors, x.shape[-1], bits, group, present)
+    check_packed(x, tensors, bias, x.shape[-1], bits, group, present)
     return x.new_empty((*x.shape[:-1], weights.shape[0]), dtype=dtype)
 
 
@@ -352,7 +277,7 @@ def _fake_packed_backward(
     grad, weights, scales, steps, zeros, codebook, in_features, bits, group, present, dtype
 ):
     tensors = (weights, scales, steps, zeros, codebook)
-    _check_packed(grad, tensors, in_features, bits, group, present)
+    check_packed(grad, tensors, None, in_features, bits, group, present)
     return grad.new_empty((*grad.shape[:-1], in_features), dtype=dtype)
 
 
@@ -381,11 +306,14 @@ def _register_nested(name: str, operator: Any) -> None:
     def nested(x, *rest):
         return torch.nested.as_nested_tensor([operator(part, *rest) for part in x.unbind()])
 
-    _library.impl(name, nested, "NestedTensorCPU")
+    for key in ("NestedTensorCPU", "NestedTensorCUDA"):
+        _library.impl(name, nested, key)
     _library.impl(name, torch.library.fallthrough_kernel, "AutogradNestedTensor")
 
 
 _library = torch.library.Library("quantization", "FRAGMENT")  # what it registered dies with it
+for _name in _SCHEMAS:  # the kernels above are for the CPU; this is for whatever else there is
+    _library.impl(_name, getattr(_torch_devices, _name), "CompositeExplicitAutograd")
 _register_nested("linear", linear)
 _register_nested("linear_bias", linear_bias)
 _register_nested("packed", packed)

@@ -1,7 +1,8 @@
 """The linear maps of quantized weights as torch functions: derivatives, autocast, fx.
 
 ``linear`` has int8 weights with a scale a row, ``packed_linear`` weights of any width in groups.
-Both are one native call (:mod:`quantization._torch_kernels` has the operators).
+Both are one native call on the CPU (:mod:`quantization._torch_kernels` has the operators), and
+plain torch on other devices (:mod:`quantization._torch_devices`).
 """
 
 from __future__ import annotations
@@ -150,9 +151,17 @@ def _input_gradient(grad, dtype, in_features, *weights):
     return _backward(grad, dtype, in_features, *weights)
 
 
-def _output_dtype(x: torch.Tensor) -> torch.dtype:
-    if torch.is_autocast_enabled("cpu") and x.dtype != torch.float64:
-        return torch.get_autocast_dtype("cpu")
+def output_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a linear map gives its result: that of autocast, or else of ``x``.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     output_dtype(torch.ones(1))
+        torch.bfloat16
+    """
+    device = "cpu" if x.is_cpu or x.is_meta else x.device.type  # is_cpu is fast; meta has none
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
     return x.dtype
 
 
@@ -208,7 +217,7 @@ def linear(
         return torch.ops.quantization.linear_bias(x, weights, scales, bias, dtype)
     else:
         if out_dtype is None:
-            out_dtype = _output_dtype(x)
+            out_dtype = output_dtype(x)
         _refuse_trained(scales)
         return _map(x, bias, out_dtype, 8, 0, weights, scales)
 
@@ -260,7 +269,7 @@ def packed_linear(
         tensor([[1.5000, 0.0000]])
     """
     if out_dtype is None:
-        out_dtype = _output_dtype(x)
+        out_dtype = output_dtype(x)
     _refuse_trained(scales)
     if group < 1:  # 0 would say: int8 rows
         raise RuntimeError(f"group is {group}; a scale serves 1 code at least")

@@ -150,13 +150,25 @@ def share_weights(pairs: list[tuple[nn.Module, nn.Module]]) -> None:
             continue
         key = (*memory_of(weight), weight.shape, weight.stride(), is_conv1d(old))
         first = firsts.setdefault(key, new)
-        if first is new:
-            continue
-        for group in ("_buffers", "_parameters"):
-            theirs, own = getattr(first, group), getattr(new, group)
-            for name, tensor in theirs.items():
-                if name != "bias" and _same_numbers(tensor, own.get(name)):
-                    own[name] = tensor
+        if first is not new:
+            adopt(first, new)
+
+
+def adopt(first: nn.Module, other: nn.Module) -> None:
+    """Let ``other`` hold the tensors of ``first`` in the place of its own equal ones; not a bias.
+
+    Example:
+        >>> one, two = nn.Linear(2, 2), nn.Linear(2, 2)
+        >>> _ = two.load_state_dict(one.state_dict())
+        >>> adopt(one, two)
+        >>> two.weight is one.weight, two.bias is one.bias
+        (True, False)
+    """
+    for group in ("_buffers", "_parameters"):
+        theirs, own = getattr(first, group), getattr(other, group)
+        for name, tensor in theirs.items():
+            if name != "bias" and _same_numbers(tensor, own.get(name)):
+                own[name] = tensor
 
 
 def _same_numbers(a: Any, b: Any) -> bool:

@@ -225,21 +225,25 @@ per row, 768 bytes)
             for tokens in (1, 128):
                 _log.debug("%s [%d, %d]: %s", name, *self._weight_shape(), self.kernel(tokens))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """``input @ weight.T + bias`` in one native call, without making the float weight.
+
+        On devices that have no kernels, the weight is made in float for the time of the call.
 
         Args:
             input: float32, bfloat16, float16 or float64, ``[..., in_features]``.
+            out_dtype: of the result, one of those; None: that of ``input`` (under autocast, that of
+                autocast).
 
         Returns:
-            ``[..., out_features]`` in the dtype of ``input`` (under autocast, that of autocast).
+            ``[..., out_features]``.
 
         Raises:
             RuntimeError: if the last dimension of ``input`` is not ``in_features``.
         """
         buffers = self._buffers  # one look-up in place of one an attribute, 0.5 us each
         bias = buffers["bias"] if "bias" in buffers else self._parameters["bias"]
-        return _torch_ops.linear(input, buffers[_CODES], buffers["scales"], bias)
+        return _torch_ops.linear(input, buffers[_CODES], buffers["scales"], bias, out_dtype)
 
     @property
     def dtype(self) -> torch.dtype:

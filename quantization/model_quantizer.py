@@ -11,16 +11,17 @@ from torch import nn
 from quantization import module_walker
 from quantization.conversion import memory_of, weight_of
 from quantization.experts import bare_experts, left_experts
+from quantization.linear_layer import QWQALinearLayer
 from quantization.module_walker import Pattern, Site
 from quantization.packed_embedding import PackedEmbedding
 from quantization.packed_layer import PackedLinearLayer
 from quantization.quantized_module import QuantizedModule
-from quantization.recipe import Recipe, Rule, Rules, converts_quantized
+from quantization.recipe import W8A16, Recipe, Rule, Rules, converts_quantized
 from quantization.report import ReplacementReport
 from quantization.scheme import Scheme
 from quantization.swap import Layer, swap
 
-__all__ = ["dequantize_model", "quantize_model"]
+__all__ = ["dequantize_model", "form_of", "make_layer", "quantize_model"]
 
 
 def quantize_model(
@@ -56,10 +57,11 @@ def quantize_model(
             change: ``report.model`` is the new layer.
         recipe: a :class:`quantization.Scheme` or its short name, for all linear layers; or ordered
             rules ``{pattern: scheme or None}``, of which a layer follows the first that matches it
-            or something that holds it. None leaves it in float; a layer that no rule matches is
-            left and reported. Patterns are child names (``"lm_head"``), dotted names, globs,
-            ``"re:..."`` (searched for in the dotted name), module types, predicates(dotted name,
-            module).
+            or something that holds it. ``"w8a16"`` in the place of a scheme makes int8 layers,
+            :class:`quantization.QWQALinearLayer`. None leaves a layer in float; one that no rule
+            matches is left and reported. Patterns are child names (``"lm_head"``), dotted names,
+            globs, ``"re:..."`` (searched for in the dotted name), module types, predicates(dotted
+            name, module).
         exclude: patterns of what to leave in float before any rule is looked at.
         strict: raise if a layer would be left that neither a pattern excludes nor a rule with None.
         untie: quantize also a layer that shares its weight with a tensor that stays in float. The
@@ -212,18 +214,23 @@ def _decide(
             reason = reason or "no rule of the recipe matches it"
         layer.status, layer.reason = ("left", reason) if reason else ("replaced", "")
     if layer.status == "replaced":
-        layer.make = partial(_make, scheme=rule.scheme, nonfinite=nonfinite)
+        if is_embedding and rule.scheme == W8A16:
+            raise ValueError(
+                f"the rule {rule} matches the embedding {layer.names[0]}, and {W8A16} is a linear "
+                "layer: give embeddings a scheme, such as 'w8'"
+            )
+        layer.make = partial(make_layer, scheme=rule.scheme, nonfinite=nonfinite)
     return True
 
 
 def _decide_quantized(layer: Layer, module: QuantizedModule, rule: Rule | None) -> None:
     """A layer that is quantized already stays, unless a rule asks for layers of its type."""
-    scheme = getattr(module, "scheme", None)
-    wanted = scheme if rule is None or rule.scheme is None else rule.scheme
-    if wanted != scheme and converts_quantized(rule):
+    form = form_of(module)
+    wanted = form if rule is None or rule.scheme is None else rule.scheme
+    if wanted != form and converts_quantized(rule):
         return
     layer.status = "already"
-    if wanted != scheme:
+    if wanted != form:
         layer.reason = f"a rule for the type {type(module).__name__} would make it {wanted}"
 
 
@@ -239,11 +246,42 @@ def _decide_experts(layers: list[Layer], rules: Rules, excluded: dict[int, str])
             layer.status, layer.reason = "excluded", f"by the rule {rule}"
 
 
-def _make(old: nn.Module, name: str, *, scheme: Scheme, nonfinite: str) -> nn.Module:
+def make_layer(
+    old: nn.Module, name: str, *, scheme: Scheme | str, nonfinite: str = "raise"
+) -> nn.Module:
+    """What a layer becomes under a scheme; it is left as it is.
+
+    Args:
+        old: a linear layer, an embedding, or a quantized one.
+        name: what error messages call its weight.
+        scheme: a Scheme, or :data:`quantization.recipe.W8A16` for the int8 layer.
+        nonfinite: as for :func:`quantize_model`.
+
+    Raises:
+        TypeError, ValueError: if it cannot become that; the message says why.
+
+    Example:
+        >>> make_layer(nn.Linear(64, 8), "weight", scheme="w8a16").in_features
+        64
+    """
+    if scheme == W8A16:
+        if isinstance(old, PackedLinearLayer):
+            return old.to_int8()
+        return QWQALinearLayer.from_float(old, nonfinite=nonfinite, name=name)
     if isinstance(old, QuantizedModule):
         return old.to_scheme(scheme)
     cls = PackedEmbedding if isinstance(old, nn.Embedding) else PackedLinearLayer
     return cls.from_float(old, scheme, nonfinite=nonfinite, name=name)
+
+
+def form_of(layer: QuantizedModule) -> Scheme | str | None:
+    """What a rule says for such a layer: its scheme, or ``"w8a16"`` for the int8 layer.
+
+    Example:
+        >>> form_of(QWQALinearLayer(64, 8))
+        'w8a16'
+    """
+    return W8A16 if isinstance(layer, QWQALinearLayer) else getattr(layer, "scheme", None)
 
 
 def _tell_of_parted_ties(layers: list[Layer]) -> None:

@@ -184,14 +184,18 @@ weights=w4g64a, 1,312 bytes)
         buffers = self._buffers_of(weights, self.dtype, nonfinite, name, importance)
         self._take(buffers, tuple(weights.shape))
 
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """``input @ weight.T + bias`` in one native call, without making the float weight.
+
+        On devices that have no kernels, the weight is made in float for the time of the call.
 
         Args:
             input: float32, bfloat16, float16 or float64, ``[..., in_features]``.
+            out_dtype: of the result, one of those; None: that of ``input`` (under autocast, that of
+                autocast).
 
         Returns:
-            ``[..., out_features]`` in the dtype of ``input`` (under autocast, that of autocast).
+            ``[..., out_features]``.
 
         Raises:
             RuntimeError: if the last dimension of ``input`` is not ``in_features``.
@@ -208,6 +212,7 @@ weights=w4g64a, 1,312 bytes)
             buffers["bias"] if "bias" in buffers else self._parameters["bias"],
             self._bits,
             self._group,
+            out_dtype,
         )
 
     def kernel(self, tokens: int = 1, dtype: torch.dtype | None = None) -> LinearKernel:

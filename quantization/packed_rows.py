@@ -48,8 +48,7 @@ def decode_rows(
     codes = _unpack(weights, bits, in_features)
     place = torch.arange(in_features, device=weights.device) // group
     if codebook is not None:
-        levels = codebook.float()
-        values = levels[0][codes] if levels.shape[0] == 1 else levels.gather(1, codes.long())
+        values = _levels(codebook.float(), codes)
     elif bits == TERNARY:
         values = torch.where(codes == 2, -1, codes).float()
     elif zero_points is None:
@@ -77,6 +76,12 @@ def _unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
         after = (byte + 1).clamp_max(packed.shape[1] - 1)
         pair = pair | packed.index_select(1, after).int() << 8
     return (pair >> shift) & ((1 << bits) - 1)
+
+
+def _levels(codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    if codebook.shape[0] == 1:
+        return codebook.reshape(-1).index_select(0, codes.reshape(-1)).reshape(codes.shape)
+    return codebook.gather(1, codes.long())
 
 
 def _full_scales(scales: torch.Tensor, scale_steps: torch.Tensor | None) -> torch.Tensor:

@@ -44,7 +44,11 @@ class QuantizedModule(nn.Module):
 
     @weight.setter
     def weight(self, value: Any) -> None:
-        raise AttributeError(_READ_ONLY)
+        if not isinstance(value, torch.Tensor) or value.is_meta:
+            raise AttributeError(_READ_ONLY)
+        own = self.weight
+        if value.dtype != own.dtype or not torch.equal(value, own):  # the numbers it has may come
+            raise AttributeError(_READ_ONLY)
 
     def _weight_names(self) -> tuple[str, ...]:
         """Names of the buffers that make the weight, the codes first."""
@@ -149,6 +153,9 @@ class QuantizedModule(nn.Module):
             return
         names = self._weight_names()
         if any(prefix + name in own for name in names):
+            if is_placeholder(own[key]):
+                del own[key]
+                return
             rivals = " or ".join(prefix + name for name in names)
             raise ValueError(f"{key} is there beside {rivals}: keep one of them")
         weight = own.pop(key)
@@ -266,6 +273,29 @@ def bias_beside(codes: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor 
     else:
         moved = torch.zeros(shape, dtype=bias.dtype, device=codes.device)
     return nn.Parameter(moved) if isinstance(bias, nn.Parameter) else moved
+
+
+def placeholder() -> torch.Tensor:
+    """What files have under the name of a float weight that is codes: no numbers, uint8 ``[0, 0]``.
+
+    A loader that knows nothing of codes stops at its shape, and does not go on without a weight.
+
+    Example:
+        >>> is_placeholder(placeholder())
+        True
+    """
+    return torch.empty((0, 0), dtype=torch.uint8, device="cpu")
+
+
+def is_placeholder(value: Any) -> bool:
+    """Whether it is a :func:`placeholder`.
+
+    Example:
+        >>> is_placeholder(torch.ones(0, 0))
+        False
+    """
+    is_bytes = isinstance(value, torch.Tensor) and value.dtype is torch.uint8
+    return is_bytes and tuple(value.shape) == (0, 0)
 
 
 def check_weight(weights: Any, name: str) -> torch.Tensor:

@@ -12,6 +12,9 @@ from quantization.module_walker import Pattern, Site
 from quantization.quantized_module import QuantizedModule
 from quantization.scheme import Scheme, scheme_of
 
+#: In the place of a scheme: the int8 layer, :class:`quantization.QWQALinearLayer`.
+W8A16 = "w8a16"
+
 #: A scheme for all linear layers, or ordered rules, of which the first that matches is followed.
 Recipe = Scheme | str | Mapping[Pattern, Scheme | str | None]
 
@@ -19,10 +22,13 @@ _EVERYTHING = "*"
 
 
 class Rule(NamedTuple):
-    """One line of a recipe: the layers that ``pattern`` matches get ``scheme``; None: stay."""
+    """One line of a recipe: the layers that ``pattern`` matches get ``scheme``; None: stay.
+
+    The scheme :data:`W8A16` stands for the int8 layer.
+    """
 
     pattern: Pattern
-    scheme: Scheme | None
+    scheme: Scheme | str | None
 
     def __str__(self) -> str:
         return module_walker.pattern_text(self.pattern)
@@ -78,7 +84,7 @@ def read_recipe(recipe: Any) -> list[Rule]:
         '*'
     """
     if isinstance(recipe, Scheme | str):
-        return [Rule(_EVERYTHING, scheme_of(recipe))]
+        return [Rule(_EVERYTHING, _form_of(recipe))]
     if not isinstance(recipe, Mapping):
         raise TypeError(
             f"the recipe is {recipe!r:.60}; give a Scheme, its short name such as 'w4g64a', or "
@@ -89,9 +95,13 @@ def read_recipe(recipe: Any) -> list[Rule]:
     return [Rule(pattern, _scheme_of(pattern, value)) for pattern, value in recipe.items()]
 
 
-def _scheme_of(pattern: Pattern, value: Any) -> Scheme | None:
+def _form_of(value: Any) -> Scheme | str:
+    return W8A16 if value == W8A16 else scheme_of(value)
+
+
+def _scheme_of(pattern: Pattern, value: Any) -> Scheme | str | None:
     try:
-        return None if value is None else scheme_of(value)
+        return None if value is None else _form_of(value)
     except (TypeError, ValueError) as error:
         error.add_note(f"in the rule {module_walker.pattern_text(pattern)} of the recipe")
         raise

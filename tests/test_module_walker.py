@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -114,7 +115,7 @@ def matched(model: nn.Module, *patterns: Any) -> set[str]:
             {f"model.layers.{i}.{name}" for i in "01" for name in ("up_proj", "down")},
         ),
     ],
-    ids=str,
+    ids=(f"case{i}" for i in itertools.count()),
 )
 def test_patterns_of_every_kind(model: nn.Module, pattern: Any, wanted: set[str]) -> None:
     assert matched(model, pattern) == wanted

@@ -607,3 +607,42 @@ def test_a_gpt2() -> None:
         assert torch.equal(model(ids).logits, got)
         dequantize_model(model)
         assert relative(model(ids).logits, got) < 1e-5
+
+
+# ---- int8 layers -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_w8a16_makes_int8_layers(device: str) -> None:
+    model = Model().to(device)
+    by_hand = copy.deepcopy(model)
+    report = quantize_model(model, {"head": None, "up": "w8a16", "*": "w4g32"})
+    assert type(model.body.up) is QWQALinearLayer and type(model.body.down) is PackedLinearLayer
+    assert report["body.up"].scheme == ""
+    assert report["body.up"].bits_per_weight == 9.0  # 8, and a scale of 32 bits for 32 columns
+    replace_linear_layers_with_w8a16(by_hand, QWQALinearLayer, ["head", "down"])
+    if device == "cpu":
+        assert torch.equal(model.body.up.int8_weights, by_hand.body.up.int8_weights)
+        assert torch.equal(model.body.up.scales, by_hand.body.up.scales)
+    again = quantize_model(model, {"up": "w8a16", "*": "w4g32"}, exclude="head")
+    assert {c.reason for c in again.already} == {""} and not again.replaced
+
+
+def test_packed_layers_become_int8_ones_where_that_is_exact() -> None:
+    model = nn.Sequential(nn.Linear(32, 8), nn.Linear(8, 8))
+    quantize_model(model, "w5")
+    weight = model[0].weight
+    quantize_model(model, {PackedLinearLayer: "w8a16"})
+    assert type(model[0]) is QWQALinearLayer and torch.equal(model[0].weight, weight)
+    model = nn.Sequential(nn.Linear(64, 8))
+    quantize_model(model, "w5g32")
+    with pytest.raises(ValueError, match="gives a row 2 scales"):
+        quantize_model(model, {PackedLinearLayer: "w8a16"})
+    assert type(model[0]) is PackedLinearLayer
+
+
+def test_an_embedding_is_no_int8_layer() -> None:
+    model = Model()
+    with pytest.raises(ValueError, match=r"'embed' matches the embedding body\.embed, and w8a16"):
+        quantize_model(model, {"embed": "w8a16", "*": "w4"})
+    assert type(model.body.up) is nn.Linear

@@ -100,3 +100,65 @@ def save_gguf(path: Path) -> Path:
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+def byte_tokenizer(transformers):
+    """A tokenizer that knows every text: a token a byte, and three special ones."""
+    tokenizers = pytest.importorskip("tokenizers")
+    special = ["<pad>", "<s>", "</s>"]
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet])}
+    inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", bos_token="<s>", eos_token="</s>"
+    )
+
+
+_SIZES = {
+    "vocab_size": 264,  # every byte, special tokens, and some of no use
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+
+
+def random_model(kind: str, **options):
+    """A small random model of transformers in eval mode: llama, tied, gpt2, bert, t5 or mixtral."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    decoder = _SIZES | special | {"num_key_value_heads": 2, "tie_word_embeddings": False}
+    match kind:
+        case "llama" | "tied":
+            tied = {"tie_word_embeddings": kind == "tied"}
+            config = transformers.LlamaConfig(**decoder | tied | options)
+            model = transformers.LlamaForCausalLM(config)
+        case "mixtral":
+            config = transformers.MixtralConfig(
+                **decoder | {"num_local_experts": 4, "num_experts_per_tok": 2} | options
+            )
+            model = transformers.MixtralForCausalLM(config)
+        case "gpt2":
+            sizes = {"vocab_size": 264, "n_positions": 128, "n_embd": 64, "n_layer": 2, "n_head": 4}
+            model = transformers.GPT2LMHeadModel(
+                transformers.GPT2Config(**sizes | special | options)
+            )
+        case "bert":
+            model = transformers.BertForMaskedLM(transformers.BertConfig(**_SIZES | options))
+        case "t5":
+            sizes = {"vocab_size": 264, "d_model": 64, "d_kv": 16, "d_ff": 96, "num_heads": 4}
+            config = transformers.T5Config(
+                **sizes | {"num_layers": 2, "decoder_start_token_id": 0} | options
+            )
+            model = transformers.T5ForConditionalGeneration(config)
+    return model.eval()
+
+
+def inputs_for(kind: str):
+    """Tokens for a model of that kind."""
+    ids = torch.arange(3, 15).view(2, 6)
+    return {"input_ids": ids} | ({"decoder_input_ids": ids + 20} if kind == "t5" else {})

@@ -6,13 +6,14 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from quantization.checkpoint.format import CONFIG, FILE, Document, FileRecord, parts_of, tensors_of
+from quantization.checkpoint.plain_config import ENTRY, entry_of
 from quantization.files import new_folder
 from quantization.safetensors_files import INDEX, TensorWriter
 from quantization.stored_model import StoredModel
@@ -153,8 +154,12 @@ def write_shard(
 
 
 def finish(folder: Path, stored: StoredModel, records: Mapping[str, FileRecord]) -> None:
-    """Write what stands beside the tensors: the index, the config, the assets, and the document."""
-    write_beside(folder, stored, records)
+    """Write what stands beside the tensors: the index, the config, the assets, and the document.
+
+    A config tells transformers which layers there are.
+    """
+    config = stored.config and {**stored.config, ENTRY: entry_of(stored)}
+    write_beside(folder, replace(stored, config=config), records)
     document = Document(records, stored.layers, stored.ties)
     (folder / FILE).write_text(document.to_json())
 

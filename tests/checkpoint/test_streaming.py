@@ -310,22 +310,23 @@ print(killed, resumed, equal)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
-def test_killed_at_50_random_moments_it_resumes_to_the_same_bytes(
+def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
     tmp_path: Path, record_property
 ) -> None:
+    times = os.environ.get("QUANTIZATION_KILLS", "10")  # 50 take a minute
     source = float_folder(tmp_path / "float", shards=2, size=192, layers=12)
     (tmp_path / "place").mkdir()
     run = subprocess.run(
-        [sys.executable, "-c", KILLER, str(source), str(tmp_path / "place"), "50"],
+        [sys.executable, "-c", KILLER, str(source), str(tmp_path / "place"), times],
         capture_output=True,
         text=True,
         check=False,
     )
     assert run.returncode == 0, run.stderr
     killed, resumed, equal = map(int, run.stdout.split())
-    record_property("killed", f"killed {killed}, unfinished {resumed}, equal {equal} of 50")
-    assert killed == equal == 50
-    assert resumed >= 20, "many left something to go on with"
+    record_property("killed", f"killed {killed}, unfinished {resumed}, equal {equal}")
+    assert killed == equal == int(times)
+    assert resumed >= killed // 3, "many left something to go on with"
 
 
 # ---- several processes -----------------------------------------------------------------------

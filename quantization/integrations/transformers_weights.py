@@ -1,0 +1,280 @@
+"""Float weights that become codes as transformers reads them, one after the other."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.core_model_loading import ConversionOps
+
+from quantization.conversion import Maker, convert
+from quantization.experts import UnfusedExperts, unfuse_experts
+from quantization.integrations.transformers_config import QuantizationConfig, rules_of
+from quantization.integrations.transformers_ties import tie_parameters
+from quantization.model_quantizer import form_of, make_layer, quantize_model
+from quantization.module_walker import walk
+from quantization.quantized_module import QuantizedModule
+from quantization.report import ReplacementReport
+from quantization.swap import assign, stores_of
+
+__all__ = ["FloatWeights"]
+
+
+@dataclass
+class _Waiting:
+    """A float module of the model, on meta, until its weights are there.
+
+    Attributes:
+        name: its dotted name.
+        module: itself; its weights are on meta again after ``make``.
+        make: builds what comes in its place.
+        bytes_per_number: of what comes in its place.
+        keys: names of the Parameters that ``make`` needs.
+        given: those of them that came.
+        new: what came in its place.
+    """
+
+    name: str
+    module: nn.Module
+    make: Maker
+    bytes_per_number: float
+    keys: tuple[str, ...]
+    given: set[str] = field(default_factory=set)
+    new: nn.Module | None = None
+
+
+class FloatWeights:
+    """Which weights of a model become codes, decided before any is read, and how.
+
+    The decision is that of :func:`quantization.quantize_model` on a copy of the model without
+    numbers, so that it is one decision for the whole model, with ties and reasons.
+
+    Attributes:
+        report: what is to become of each layer; it has no ``model``.
+
+    Args:
+        model: a model of transformers on meta; pairs of tied weights that both become codes are
+            taken off its list.
+        config: what to do.
+        dtype: that transformers casts weights to while it reads them.
+
+    Raises:
+        TypeError, ValueError: as quantize_model does.
+    """
+
+    def __init__(self, model: Any, config: QuantizationConfig, dtype: torch.dtype) -> None:
+        self._config = config
+        self._error: Exception | None = None
+        self._sites = list(walk(model))
+        self._waiting: dict[str, _Waiting] = {}
+        twin = copy.deepcopy(model)
+        tie_parameters(twin)
+        if config.unfuse_experts:
+            unfuse_experts(twin)
+        report = config.quantize(twin)
+        self.report: ReplacementReport = replace(report, model=None)  # which would hold the twin
+        self._planned = {name for c in report.replaced for name in (c.name, *c.aliases)}
+        for waiting in self._plan(model, twin, {c.name: c.aliases for c in report.replaced}):
+            if all(model.get_parameter(key).dtype == dtype for key in waiting.keys):
+                self._waiting |= dict.fromkeys(waiting.keys, waiting)
+        self._taken: dict[str, str] = {}
+        self._tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}
+        self._groups = self._take_ties(model)
+
+    def _plan(self, model: Any, twin: nn.Module, layers: dict[str, tuple[str, ...]]) -> Any:
+        """What waits for weights: layers under each of their names, and modules of experts."""
+        nonfinite = self._config.nonfinite
+        for path, experts in twin.named_modules():
+            if isinstance(experts, UnfusedExperts):
+                inner = {
+                    name.removeprefix(f"{path}."): str(form_of(twin.get_submodule(name)))
+                    for name in layers
+                    if name.startswith(f"{path}.")
+                }
+                make = partial(_quantized_experts, layers=inner, nonfinite=nonfinite)
+                old = model.get_submodule(path)
+                keys = [name for name, value in old._parameters.items() if value is not None]
+                yield _waiting_for(path, old, make, experts, *keys)
+        for name, aliases in layers.items():
+            new: Any = twin.get_submodule(name)
+            make = partial(make_layer, scheme=form_of(new), nonfinite=nonfinite)
+            for own in (name, *aliases):
+                if _has(model, own):
+                    yield _waiting_for(own, model.get_submodule(own), make, new, "weight")
+
+    def _take_ties(self, model: Any) -> dict[str, set[str]]:
+        """Groups of keys of one weight that all become codes, by each of the keys.
+
+        Of a pair that stays apart, the end that becomes codes is left until all is loaded and tied.
+        """
+        pairs = list(model.all_tied_weights_keys.items())
+        for pair in pairs * len(pairs):  # what one pair leaves may part another
+            if sum(key in self._waiting for key in pair) == 1:
+                self._waiting = {key: w for key, w in self._waiting.items() if key not in pair}
+        groups: dict[str, set[str]] = {}
+        for target, source in pairs:
+            if target in self._waiting:
+                self._taken[target] = model.all_tied_weights_keys.pop(target)
+                groups[target] = groups.setdefault(source, {source})
+                groups[target].add(target)
+        return groups
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._waiting
+
+    def bytes_per_number(self, key: str) -> float:
+        """Of the codes that come in the place of a weight, scales and all."""
+        return self._waiting[key].bytes_per_number
+
+    def operation(self) -> ConversionOps:
+        """What transformers is to call with weights that it has read."""
+        return _QuantizeWeights(self)
+
+    # ---- each weight -------------------------------------------------------------------------
+
+    def take(self, key: str, weight: torch.Tensor, missing: set[str]) -> None:
+        """Make the layers that wait for a weight, and put them into the model.
+
+        The first error is kept for :meth:`finish`: transformers would make a line of a log of it.
+        """
+        group = self._groups.get(key, {key})
+        missing.difference_update(group)
+        if self._error is not None:
+            return
+        try:
+            for other in sorted(group, key=lambda each: each != key):
+                if other == key or self._waiting[other].new is None:
+                    self._give(other, weight, group)
+        except Exception as error:
+            self._error = error
+
+    def _give(self, key: str, weight: torch.Tensor, group: set[str]) -> None:
+        waiting = self._waiting[key]
+        parameters = waiting.module._parameters
+        parameters[key.rpartition(".")[2]] = nn.Parameter(weight)
+        waiting.given.add(key)
+        if len(waiting.given) < len(waiting.keys):
+            return
+        new = convert(waiting.module, waiting.name, waiting.make)
+        for name in (each.rpartition(".")[2] for each in waiting.keys):
+            parameters[name] = nn.Parameter(torch.empty_like(parameters[name], device="meta"))
+        for other in group - {key}:
+            _share_if_equal(new, self._waiting[other].new)
+        if f"{waiting.name}.bias" in self._tied:
+            new.bias = nn.Parameter(new._buffers.pop("bias"))  # until transformers has tied it
+        _mark_as_initialized(new)
+        assign(stores_of(self._sites, {id(waiting.module): new}))
+        waiting.new = new
+
+    # ---- afterwards --------------------------------------------------------------------------
+
+    def finish(self, model: Any) -> ReplacementReport:
+        """Quantize what had no weight of its own in the checkpoint, and see that all is done.
+
+        Raises:
+            Exception: the first that a weight gave rise to.
+            ValueError: if a layer could not be quantized.
+        """
+        if self._error is not None:
+            raise self._error
+        model.all_tied_weights_keys |= self._taken  # settle_ties takes them off for good
+        if not self._is_done(model):
+            if self._config.unfuse_experts:
+                unfuse_experts(model)
+            self._config.quantize(model)
+        left = sorted(name for name in self._planned if not _is_quantized(model, name))
+        if left:
+            raise ValueError(
+                f"{len(left)} layers were to be quantized and have no weight that could be: "
+                f"{', '.join(left[:3])}; load the model without a device_map of several devices"
+            )
+        for name in self._planned:
+            _take_bias(model.get_submodule(name))
+        return self.report
+
+    def _is_done(self, model: nn.Module) -> bool:
+        return all(_is_quantized(model, name) for name in self._planned)
+
+
+class _QuantizeWeights(ConversionOps):
+    """The step of transformers' loading that makes codes of weights."""
+
+    def __init__(self, weights: FloatWeights) -> None:
+        self._weights = weights
+
+    def convert(
+        self, input_dict: dict[str, Any], missing_keys: Any = None, **kwargs: Any
+    ) -> dict[str, torch.Tensor]:
+        rest = {}
+        for key in list(input_dict):
+            value = input_dict.pop(key)
+            weight = value[0] if isinstance(value, list) else value
+            if key in self._weights:
+                self._weights.take(key, weight, set() if missing_keys is None else missing_keys)
+            else:
+                rest[key] = weight
+        return rest
+
+
+# ---- parts -------------------------------------------------------------------------------------
+
+
+def _waiting_for(name: str, old: nn.Module, make: Maker, new: nn.Module, *keys: str) -> _Waiting:
+    """What waits for Parameters ``keys`` of ``old``, which become ``new``, here without numbers."""
+    numbers = sum(old._parameters[key].numel() for key in keys)
+    size = sum(tensor.nbytes for tensor in new.state_dict().values())
+    return _Waiting(name, old, make, size / max(numbers, 1), tuple(f"{name}.{key}" for key in keys))
+
+
+def _quantized_experts(
+    old: nn.Module, name: str, *, layers: dict[str, str], nonfinite: str
+) -> nn.Module:
+    """Experts with linear layers of their own, those in ``layers`` quantized."""
+    new = UnfusedExperts(old)
+    quantize_model(new, rules_of(layers), nonfinite=nonfinite)
+    for module in new.modules():
+        if type(module) is nn.Linear:  # a view of the fused weight, which is to go
+            module.weight = nn.Parameter(module.weight.detach().clone())
+    return new
+
+
+def _share_if_equal(new: Any, other: Any) -> None:
+    """Let a layer hold the codes of another one if they are the same."""
+    if other is None or form_of(new) != form_of(other):
+        return
+    mine, theirs = new._buffers, other._buffers
+    names = [name for name in new._weight_names() if mine[name] is not None]
+    if all(torch.equal(mine[name], theirs[name]) for name in names):
+        for name in names:
+            mine[name] = theirs[name]
+
+
+def _mark_as_initialized(new: nn.Module) -> None:
+    """Keep transformers from drawing random numbers for what has been read; a bias may yet come."""
+    for module in new.modules():
+        bias = getattr(module, "bias", None)
+        if bias is None or not bias.is_meta:
+            module._is_hf_initialized = True
+
+
+def _take_bias(layer: nn.Module) -> None:
+    """Make a buffer again of a bias that was to be tied."""
+    if layer._parameters.get("bias") is not None:
+        bias = layer._parameters.pop("bias")
+        layer.register_buffer("bias", bias.detach())
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return False
+    return True
+
+
+def _is_quantized(model: nn.Module, name: str) -> bool:
+    return _has(model, name) and isinstance(model.get_submodule(name), QuantizedModule)
