@@ -372,7 +372,7 @@ def _check_writable(key: str, dtype: str) -> None:
         raise CheckpointError(f"{key!r} cannot be the key of a tensor in a safetensors file")
     if dtype not in _NAMES:
         raise CheckpointError(
-            f"{key} is {dtype}, which safetensors files do not have: {', '.join(_NAMES)}"
+            f"safetensors files have no dtype {dtype}, as {key} has: {', '.join(_NAMES)}"
         )
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from quantization.checkpoint.format import CONFIG
+from quantization.checkpoint.plain_config import ENTRY
 from quantization.checkpoint.skeleton import skeleton_of_config, skeleton_of_names
 from quantization.granularity import Granularity
 from quantization.json_files import CheckpointError, read_json
@@ -76,10 +77,8 @@ def open_source(
     config = files.path / CONFIG
     has_config = files.path.is_dir() and config.is_file()
     if model is None:
-        if has_config and "quantization_config" in read_json(config):
-            raise CheckpointError(
-                f"{files.path} is quantized already: its {CONFIG} has a quantization_config"
-            )
+        if has_config:
+            _refuse_quantized(config)
         forms = {key: (files.entry(key).dtype, files.entry(key).shape) for key in files.file_of}
         model = skeleton_of_config(files.path) if has_config else skeleton_of_names(forms)
     sites = list(walk(model))
@@ -101,6 +100,13 @@ def open_source(
         assets_of(files) if files.path.is_dir() else (),
     )
     return FloatSource(files, stored, report, dropped)
+
+
+def _refuse_quantized(config: Path) -> None:
+    """Codes are no weights. An entry of no layers is that of a float model that was saved."""
+    entry = read_json(config).get(ENTRY)
+    if entry and not (isinstance(entry, dict) and entry.get("layers") == {}):
+        raise CheckpointError(f"{config.parent} is quantized already: {CONFIG} has a {ENTRY}")
 
 
 def _take_forms(files: TensorFolder, sites: list[Site]) -> dict[str, str]:

@@ -14,11 +14,12 @@ import hashlib
 import json
 import os
 import pickle
+import threading
 import warnings
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ def _by_workers(
         else:
             todo.append(shard)
     threads = max(1, torch.get_num_threads() // workers)
-    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
     try:
         running = {pool.submit(_work, arguments, shard.name, threads): shard for shard in todo}
         for future in as_completed(running):
@@ -209,6 +210,18 @@ def _by_workers(
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Let a worker end with the process that started it: alone it would write on, unlocked."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(arguments: tuple[Any, ...], name: str, threads: int) -> None:

@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -172,6 +174,58 @@ def test_a_document_that_lies(path: tuple, value: object, message: str, tmp_path
         load_quantized(tmp_path / "saved", nn.Embedding(20, 32))
 
 
+WORKERS = """
+import os, sys, time
+from quantization import quantize_checkpoint
+from quantization.checkpoint import streaming
+def work(*arguments):
+    with open(sys.argv[1] + f"/{os.getpid()}", "w"):
+        time.sleep(600)
+if __name__ == "__main__":
+    streaming._work = work
+    quantize_checkpoint(sys.argv[2], sys.argv[3], "w4", workers=2, max_shard_bytes=9000)
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="kills")
+def test_workers_end_with_the_process_that_started_them(tmp_path: Path) -> None:
+    """They would write on into the files of the next run, and hold their memory for ever."""
+    source = float_folder(tmp_path / "float")
+    (tmp_path / "pids").mkdir()
+    (tmp_path / "script.py").write_text(WORKERS)
+    arguments = [tmp_path / "script.py", tmp_path / "pids", source, tmp_path / "new"]
+    root = str(Path(streaming.__file__).parents[2])
+    run = subprocess.Popen(
+        [sys.executable, *map(str, arguments)], env={**os.environ, "PYTHONPATH": root}
+    )
+
+    def workers() -> list[int]:
+        return [int(path.name) for path in (tmp_path / "pids").iterdir()]
+
+    assert eventually(lambda: len(workers()) == 2)
+    run.kill()
+    run.wait()
+    assert eventually(lambda: not any(is_alive(pid) for pid in workers()))
+
+
+def eventually(test: Callable[[], bool], seconds: float = 60) -> bool:
+    end = time.monotonic() + seconds
+    while not test() and time.monotonic() < end:
+        time.sleep(0.05)
+    return test()
+
+
+def is_alive(pid: int) -> bool:
+    stat = Path(f"/proc/{pid}/stat")
+    if stat.parent.parent.is_dir():  # a zombie waits for whoever took it over
+        return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 # ---- models ----------------------------------------------------------------------------------
 
 
@@ -216,7 +270,7 @@ def test_tensors_of_any_kind_come_back(tensor: torch.Tensor, tmp_path: Path) -> 
         (Odd("__metadata__", torch.ones(1)), "'__metadata__' cannot be the key of a tensor"),
         (Odd("a\nb", torch.ones(1)), r"'a\\nb' cannot be the key of a tensor"),
         (Odd("\ud800", torch.ones(1)), "cannot be the key of a tensor"),
-        (Odd("own", torch.ones(1, dtype=torch.complex128)), "own is complex128, which"),
+        (Odd("own", torch.ones(1, dtype=torch.complex128)), "no dtype complex128, as own has"),
         (Odd("own", torch.ones(2, device="meta")), "own is on meta: it has no numbers"),
         (Odd("own", torch.eye(2).to_sparse()), "own is torch.sparse_coo; only dense tensors"),
         (
@@ -290,6 +344,16 @@ def test_a_source_that_is_quantized_already_is_refused(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps(plain))
     with pytest.raises(CheckpointError, match="is quantized already"):
         quantize_checkpoint(source, tmp_path / "new", "w4")
+
+
+def test_a_float_model_that_was_saved_is_a_source(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=50, n_positions=16)
+    save_quantized(transformers.GPT2LMHeadModel(config), tmp_path / "float")
+    report = quantize_checkpoint(tmp_path / "float", tmp_path / "new", "w4")
+    assert len(report.replaced) == 4
+    with pytest.raises(CheckpointError, match="is quantized already"):
+        quantize_checkpoint(tmp_path / "new", tmp_path / "newer", "w4")
 
 
 def test_a_folder_that_comes_meanwhile_is_not_replaced(tmp_path: Path) -> None:
