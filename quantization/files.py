@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 __all__ = ["free_place", "member", "new_file", "new_folder", "put_in_place", "sync"]
@@ -26,7 +26,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
 
     Raises:
         FileExistsError: if something is at ``path``: without ``overwrite`` anything but an empty
-            folder, with it anything but a folder.
+            folder, with it anything but a folder; or if the current directory is, or is in it.
 
     Example:
         >>> with tempfile.TemporaryDirectory() as place:
@@ -41,7 +41,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     try:
         folder.chmod(0o777 & ~_umask())
         yield folder
-        put_in_place(folder, path)
+        put_in_place(folder, free_place(path, overwrite=overwrite))
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -54,8 +54,15 @@ def free_place(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path
         FileExistsError: as :func:`new_folder` says.
     """
     path = Path(path)
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
+    if path.is_symlink():
+        raise FileExistsError(
+            f"{path} is a link, and is no folder to replace; give the folder that it leads to"
+        )
+    if path.exists() and not path.is_dir():
         raise FileExistsError(f"{path} is there and is no folder")
+    here = Path.cwd()
+    if path.resolve() in (here, *here.parents):
+        raise FileExistsError(f"{path} is or holds the current directory; give a folder of its own")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise FileExistsError(
             f"the folder {path} is there and not empty; overwrite=True replaces it"
@@ -76,16 +83,24 @@ def put_in_place(folder: Path, path: Path) -> None:
     elif _exchange(folder, path):
         shutil.rmtree(folder)
     else:
-        old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+        _replace_in_two_steps(folder, path)
+    sync(path.parent)
+
+
+def _replace_in_two_steps(folder: Path, path: Path) -> None:
+    old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+    try:
         path.rename(old / "old")
         try:
             folder.rename(path)
         except BaseException:
             (old / "old").rename(path)
             raise
-        finally:
-            shutil.rmtree(old, ignore_errors=True)
-    sync(path.parent)
+    except BaseException:
+        with suppress(OSError):
+            old.rmdir()  # if it is empty: nothing is ever lost
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _exchange(a: Path, b: Path) -> bool:

@@ -14,7 +14,7 @@ from quantization.conversion import convert
 from quantization.dtypes import name_of
 from quantization.module_walker import Site, is_conv1d, walk, why_embedding_left, why_left
 from quantization.quantized_module import QuantizedModule
-from quantization.stored_model import StoredLayer, StoredModel, saved_tensors
+from quantization.stored_model import StoredLayer, StoredModel, saved_tensors, unwrapped
 from quantization.swap import Store, assign, stores_of, tensors_of
 
 __all__ = ["RestoreError", "restore_model"]
@@ -54,12 +54,13 @@ def restore_model(stored: StoredModel, model: nn.Module) -> nn.Module:
         >>> torch.equal(restore_model(stored_model(model), other)(x), model(x))
         True
     """
-    sites = list(walk(model))
+    inner = unwrapped(model)
+    sites = list(walk(inner))
     made = _layers(stored, sites)
     stores = _tensor_stores(stored, sites, made)
     _refuse_meta(sites, made, stores)
     assign(stores + stores_of(sites, made))
-    return made.get(id(model), model)
+    return made.get(id(inner), model)
 
 
 def _layers(stored: StoredModel, sites: list[Site]) -> dict[int, nn.Module]:

@@ -25,18 +25,17 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from quantization.files import member
+from quantization.json_files import CheckpointError, parse_json, read_json
 from quantization.stored_model import StoredTensor
 
 __all__ = [
     "INDEX",
-    "CheckpointError",
     "Entry",
     "Header",
     "TensorFile",
     "TensorFolder",
     "TensorWriter",
     "read_header",
-    "read_json",
 ]
 
 INDEX = "model.safetensors.index.json"
@@ -46,15 +45,11 @@ _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
     "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16",
     "U32": "uint32", "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "C64": "complex64",
+    "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
 }  # fmt: skip
 _NAMES = {name: short for short, name in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes, as the library has it
 _ALIGNMENT = 64
-
-
-class CheckpointError(ValueError):
-    """A file or folder is not what it should be; the message names it and what is wrong."""
 
 
 @dataclass(frozen=True)
@@ -159,41 +154,6 @@ def _check_coverage(path: Path, entries: Mapping[str, Entry], begin: int, nbytes
         )
 
 
-def parse_json(text: bytes, what: str) -> dict[str, Any]:
-    """A JSON object in which no key comes twice.
-
-    Raises:
-        CheckpointError: if it is none.
-
-    Example:
-        >>> parse_json(b'{"a": 1, "a": 2}', "config.json")
-        Traceback (most recent call last):
-            ...
-        quantization.safetensors_files.CheckpointError: config.json has the key 'a' twice
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        made = dict(pairs)
-        if len(made) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
-            raise CheckpointError(f"{what} has the key {twice!r} twice")
-        return made
-
-    try:
-        plain = json.loads(text.decode(), object_pairs_hook=unique)
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{what} is not JSON: {error}") from None
-    if not isinstance(plain, dict):
-        raise CheckpointError(f"{what} is JSON, but no object")
-    return plain
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a JSON file, as :func:`parse_json` reads it."""
-    return parse_json(Path(path).read_bytes(), str(path))
-
-
 class TensorFile:
     """A safetensors file whose header is checked.
 
@@ -224,18 +184,30 @@ class TensorFile:
     def rows(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Rows of a tensor in memory of their own, read without mapping the file."""
         entry = self.header.entries[key]
-        dtype, (_, *inner) = getattr(torch, entry.dtype), entry.shape
-        row_bytes = math.prod(inner) * dtype.itemsize
-        count = (stop - start) * row_bytes
-        raw = np.fromfile(self.path, np.uint8, count, offset=entry.start + start * row_bytes)
-        if raw.size != count:
-            raise CheckpointError(f"{self.path} became shorter while it was read")
-        return torch.from_numpy(raw).view(dtype).reshape(stop - start, *inner)
+        inner = entry.shape[1:]
+        row_bytes = math.prod(inner) * getattr(torch, entry.dtype).itemsize
+        at = entry.start + start * row_bytes
+        return self._read(entry.dtype, (stop - start, *inner), at)
+
+    def _read(self, dtype: str, shape: tuple[int, ...], at: int) -> torch.Tensor:
+        made = torch.empty(shape, dtype=getattr(torch, dtype))
+        if made.numel():
+            raw = np.fromfile(self.path, np.uint8, made.nbytes, offset=at)
+            if raw.size != made.nbytes:
+                raise CheckpointError(f"{self.path} became shorter while it was read")
+            made = torch.from_numpy(raw).view(made.dtype).reshape(shape)
+        return made
 
     def stored(self, key: str) -> StoredTensor:
         """A tensor that is read when it is asked for."""
         entry = self.header.entries[key]
         return StoredTensor(entry.shape, entry.dtype, partial(self.tensor, key))
+
+    def to_read(self, key: str) -> StoredTensor:
+        """The same in memory of its own: of a mapped file, all pages ever touched stay resident."""
+        entry = self.header.entries[key]
+        load = partial(self._read, entry.dtype, entry.shape, entry.start)
+        return StoredTensor(entry.shape, entry.dtype, load)
 
 
 class TensorFolder:
@@ -316,6 +288,9 @@ class TensorWriter:
         tensors: dtype (torch's name) and shape by key.
         metadata: texts for the header.
 
+    Raises:
+        CheckpointError: for a key or a dtype that such files cannot have.
+
     Attributes:
         sha256: of each tensor's bytes, once it is written.
 
@@ -340,6 +315,8 @@ class TensorWriter:
         self._wanted = dict(tensors)
         head: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         self._starts: dict[str, int] = {}
+        for key, (dtype, _) in self._wanted.items():
+            _check_writable(key, dtype)
         at = 0
         for key in sorted(self._wanted, key=lambda key: (-_itemsize(self._wanted[key][0]), key)):
             dtype, shape = self._wanted[key]
@@ -361,7 +338,7 @@ class TensorWriter:
         """Write a tensor, on any device, to its place.
 
         Raises:
-            CheckpointError: if it has another dtype or shape than was announced.
+            CheckpointError: if it has another dtype or shape than was announced, or is on meta.
         """
         dtype, shape = self._wanted[key]
         given = str(tensor.dtype).removeprefix("torch.")
@@ -369,7 +346,10 @@ class TensorWriter:
             raise CheckpointError(
                 f"{key} was announced as {dtype} {shape} and is {given} {tuple(tensor.shape)}"
             )
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        if tensor.is_meta:
+            raise CheckpointError(f"{key} is on meta: it has no numbers to write")
+        plain = tensor.detach().resolve_conj().resolve_neg()
+        flat = plain.cpu().contiguous().reshape(-1)
         data = memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
         self._file.seek(len(self._head) + self._starts[key])
         self._file.write(data)
@@ -386,7 +366,15 @@ class TensorWriter:
             os.fsync(self._file.fileno())
 
 
-def _itemsize(dtype: str) -> int:
+def _check_writable(key: str, dtype: str) -> None:
+    is_text = all(ord(sign) >= 32 and not 0xD800 <= ord(sign) < 0xE000 for sign in key)
+    if not is_text or key == "__metadata__":
+        raise CheckpointError(f"{key!r} cannot be the key of a tensor in a safetensors file")
     if dtype not in _NAMES:
-        raise CheckpointError(f"safetensors files have no dtype {dtype}: {', '.join(_NAMES)}")
+        raise CheckpointError(
+            f"safetensors files have no dtype {dtype}, as {key} has: {', '.join(_NAMES)}"
+        )
+
+
+def _itemsize(dtype: str) -> int:
     return getattr(torch, dtype).itemsize

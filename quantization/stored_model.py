@@ -26,7 +26,15 @@ from quantization.packed_weights import PackedWeights
 from quantization.quantized_module import QuantizedModule
 from quantization.scheme import Scheme
 
-__all__ = ["KINDS", "StoredLayer", "StoredModel", "StoredTensor", "saved_tensors", "stored_model"]
+__all__ = [
+    "KINDS",
+    "StoredLayer",
+    "StoredModel",
+    "StoredTensor",
+    "saved_tensors",
+    "stored_model",
+    "unwrapped",
+]
 
 #: Kinds of layers, and the class of each.
 KINDS: dict[str, type[QuantizedModule]] = {
@@ -148,8 +156,8 @@ def stored_model(model: nn.Module, config: Mapping[str, Any] | None = None) -> S
 
     Raises:
         TypeError: if ``model`` is no module.
-        ValueError: if a module has an extra state, which is no tensor, or a parameter has no shape
-            yet (a lazy module).
+        ValueError: if a module has a state that is more than its dense parameters and buffers, or
+            a parameter has no shape yet (a lazy module).
 
     Example:
         >>> stored_model(QWQALinearLayer(64, 32)).layers[""].kind
@@ -157,6 +165,7 @@ def stored_model(model: nn.Module, config: Mapping[str, Any] | None = None) -> S
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model (a torch.nn.Module instance), not {model!r:.60}")
+    model = unwrapped(model)
     layers: dict[str, StoredLayer] = {}
     tensors: dict[str, StoredTensor] = {}
     ties: dict[str, str] = {}
@@ -178,18 +187,32 @@ def stored_model(model: nn.Module, config: Mapping[str, Any] | None = None) -> S
     return StoredModel(layers, tensors, ties, config)
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside what ``torch.compile`` or data parallelism wraps around one.
+
+    Example:
+        >>> model = nn.Linear(2, 2)
+        >>> unwrapped(torch.compile(nn.DataParallel(model))) is model
+        True
+    """
+    while True:
+        if type(model).__name__ == "OptimizedModule" and "_orig_mod" in model._modules:
+            model = model._modules["_orig_mod"]
+        elif isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
 def saved_tensors(site: Site) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors that ``state_dict`` has of one module, not of its children.
 
     Raises:
-        ValueError: for an extra state, which is no tensor, or a tensor without a shape (lazy).
+        ValueError: for a state that is more than that, a sparse tensor, or one without a shape
+            (lazy).
     """
     module = site.module
-    if type(module).get_extra_state is not nn.Module.get_extra_state:
-        raise ValueError(
-            f"{site.name or 'the model'} ({type(module).__name__}) has an extra state, which is no "
-            "tensor and cannot be stored"
-        )
+    _refuse_more(module, site.name or "the model")
     for group in (module._parameters, module._buffers):
         for name, tensor in group.items():
             if tensor is None or name in module._non_persistent_buffers_set:
@@ -199,7 +222,30 @@ def saved_tensors(site: Site) -> Iterator[tuple[str, torch.Tensor]]:
                     f"{site.name or 'the model'} is lazy: {name} has no shape yet; run the model "
                     "once on an input first"
                 )
+            if tensor.layout is not torch.strided:
+                raise ValueError(
+                    f"{site.name or 'the model'}: {name} is {tensor.layout}; only dense tensors "
+                    "can be stored"
+                )
             yield name, tensor
+
+
+def _refuse_more(module: nn.Module, name: str) -> None:
+    """A state dict may have what is neither parameter nor buffer; nothing is lost in silence."""
+    if type(module).get_extra_state is not nn.Module.get_extra_state:
+        raise ValueError(
+            f"{name} ({type(module).__name__}) has an extra state, which is no tensor and cannot "
+            "be stored"
+        )
+    if type(module)._save_to_state_dict is not nn.Module._save_to_state_dict:
+        state: dict[str, Any] = {}
+        module._save_to_state_dict(state, "", True)
+        more = state.keys() - module._parameters.keys() - module._buffers.keys()
+        if more:
+            raise ValueError(
+                f"{name} ({type(module).__name__}) puts more into a state dict than its parameters "
+                f"and buffers, which cannot be stored: {', '.join(sorted(more))}"
+            )
 
 
 def _layer_of(module: QuantizedModule) -> StoredLayer:

@@ -55,7 +55,7 @@ def test_what_is_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "full")
     for path, overwrite, message in [
         ("file", True, "is there and is no folder"),
-        ("link", True, "is there and is no folder"),
+        ("link", True, "is a link, and is no folder to replace"),
         ("full", False, "not empty; overwrite=True replaces it"),
     ]:
         with (

@@ -95,6 +95,7 @@ FLOORS = {
     "distributed": 7.8,
     "files": 1,
     "extras": 1,
+    "json_files": 1,
     "stored_model": 7.6,
     "safetensors_files": 7.7,
     "restore": 7.8,

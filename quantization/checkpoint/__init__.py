@@ -13,8 +13,8 @@ from quantization.checkpoint.reading import read_checkpoint, verify_checkpoint
 from quantization.checkpoint.save_load import load_quantized, save_quantized
 from quantization.checkpoint.streaming import quantize_checkpoint
 from quantization.checkpoint.writing import write_checkpoint
+from quantization.json_files import CheckpointError
 from quantization.restore import RestoreError
-from quantization.safetensors_files import CheckpointError
 
 __all__ = [
     "CheckpointError",

@@ -12,15 +12,17 @@ import torch
 from torch import nn
 
 from quantization.checkpoint.format import CONFIG
+from quantization.checkpoint.plain_config import ENTRY
 from quantization.checkpoint.skeleton import skeleton_of_config, skeleton_of_names
 from quantization.granularity import Granularity
+from quantization.json_files import CheckpointError, read_json
 from quantization.model_quantizer import quantize_model
 from quantization.module_walker import Pattern, Site, walk
 from quantization.packed_module import pack_as
 from quantization.packed_weights import PackedWeights
 from quantization.recipe import Recipe
 from quantization.report import ReplacementReport
-from quantization.safetensors_files import INDEX, CheckpointError, TensorFolder, read_json
+from quantization.safetensors_files import INDEX, TensorFolder
 from quantization.scheme import Scheme
 from quantization.stored_model import StoredLayer, StoredModel, saved_tensors, stored_model
 
@@ -67,13 +69,16 @@ def open_source(
         nonfinite: as for :func:`quantization.quantize_model`.
 
     Raises:
-        FileNotFoundError, CheckpointError: if files are missing, broken, or lack a tensor.
+        FileNotFoundError, CheckpointError: if files are missing, broken, lack a tensor, or are
+            quantized already.
         Whatever :func:`quantization.quantize_model` raises.
     """
     files = TensorFolder(folder)
     config = files.path / CONFIG
     has_config = files.path.is_dir() and config.is_file()
     if model is None:
+        if has_config:
+            _refuse_quantized(config)
         forms = {key: (files.entry(key).dtype, files.entry(key).shape) for key in files.file_of}
         model = skeleton_of_config(files.path) if has_config else skeleton_of_names(forms)
     sites = list(walk(model))
@@ -84,8 +89,9 @@ def open_source(
         name: replace(layer, load=partial(_packed, files, name, layer, nonfinite, found))
         for name, layer in template.layers.items()
     }
-    tensors = {key: files.file_of[found[key]].stored(found[key]) for key in template.tensors}
-    dropped = tuple(key for key in files.file_of if key not in set(found.values()))
+    tensors = {key: files.file_of[found[key]].to_read(found[key]) for key in template.tensors}
+    used = set(found.values())
+    dropped = tuple(key for key in files.file_of if key not in used)
     stored = StoredModel(
         layers,
         tensors,
@@ -94,6 +100,13 @@ def open_source(
         assets_of(files) if files.path.is_dir() else (),
     )
     return FloatSource(files, stored, report, dropped)
+
+
+def _refuse_quantized(config: Path) -> None:
+    """Codes are no weights. An entry of no layers is that of a float model that was saved."""
+    entry = read_json(config).get(ENTRY)
+    if entry and not (isinstance(entry, dict) and entry.get("layers") == {}):
+        raise CheckpointError(f"{config.parent} is quantized already: {CONFIG} has a {ENTRY}")
 
 
 def _take_forms(files: TensorFolder, sites: list[Site]) -> dict[str, str]:

@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
+from quantization.json_files import CheckpointError, parse_json
 from quantization.packed_weights import PackedWeights
-from quantization.safetensors_files import CheckpointError, parse_json
 from quantization.scheme import Scheme
 from quantization.stored_model import KINDS, StoredLayer
 
@@ -162,7 +162,9 @@ def _check_version(plain: Mapping[str, Any], what: str) -> None:
     version, features = plain.get("format_version"), plain.get("required_features", [])
     if type(version) is not int or version < 1:
         raise CheckpointError(f"{what} has the format version {version!r:.60}; expected 1")
-    unknown = [*features] if not isinstance(features, list) else sorted({*features} - _FEATURES)
+    if not isinstance(features, list) or not all(isinstance(name, str) for name in features):
+        raise CheckpointError(f"{what} has required_features that are no list of names")
+    unknown = sorted({*features} - _FEATURES)
     if version > VERSION or unknown:
         needs = f"format version {version}" if version > VERSION else f"the features {unknown}"
         raise CheckpointError(
@@ -221,6 +223,8 @@ def _layer_from(name: str, plain: Any, what: str) -> StoredLayer:
     more = {key: plain[key] for key in ("nf", "padding_idx") if key in plain}
     if not all(value is None or type(value) is int for value in more.values()):
         raise CheckpointError(f"{what}: layer {name!r} has {more}; expected numbers")
+    if not -rows <= (more.get("padding_idx") or 0) <= max(0, rows - 1):
+        raise CheckpointError(f"{what}: layer {name!r} has {more}, and {rows} rows")
     try:
         scheme = Scheme.from_dict(fields)
         scheme.buffers((rows, cols), dtype)

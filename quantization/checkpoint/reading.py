@@ -13,8 +13,9 @@ import torch
 
 from quantization.checkpoint.format import CONFIG, FILE, Document, FileRecord, packed_of, parts_of
 from quantization.files import member
+from quantization.json_files import CheckpointError, read_json
 from quantization.packed_weights import PackedWeights
-from quantization.safetensors_files import INDEX, CheckpointError, TensorFile, read_json
+from quantization.safetensors_files import INDEX, TensorFile
 from quantization.stored_model import StoredLayer, StoredModel, StoredTensor
 
 __all__ = ["check_hashes", "check_record", "read_checkpoint", "verify_checkpoint"]

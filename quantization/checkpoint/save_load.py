@@ -13,7 +13,7 @@ from quantization.checkpoint.reading import read_checkpoint
 from quantization.checkpoint.skeleton import skeleton_of_config
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, write_checkpoint
 from quantization.restore import restore_model
-from quantization.stored_model import stored_model
+from quantization.stored_model import stored_model, unwrapped
 
 __all__ = ["load_quantized", "save_quantized"]
 
@@ -29,7 +29,8 @@ def save_quantized(
 
     Every tensor of the state dict is written once; what is tied stays tied. Where the model has a
     ``config`` of transformers, its ``config.json`` and ``generation_config.json`` are written too,
-    and :func:`load_quantized` builds the model by itself.
+    and :func:`load_quantized` builds the model by itself. What ``torch.compile``, DataParallel or
+    DistributedDataParallel wraps around a model is left away.
 
     Args:
         model: the model; its own dtypes are kept.
@@ -56,7 +57,10 @@ def save_quantized(
 weights=w4g32a, 1,440 bytes)
         )
     """
+    model = unwrapped(model)
     config = _plain_config(getattr(model, "config", None))
+    if config is not None:  # what it is now, and not what it was loaded as
+        config = dict(sorted((config | {"architectures": [type(model).__name__]}).items()))
     stored = stored_model(model, config)
     extra = {}
     generation = _plain_config(getattr(model, "generation_config", None)) if config else None

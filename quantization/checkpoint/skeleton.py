@@ -37,9 +37,11 @@ def skeleton_of_config(folder: str | os.PathLike[str]) -> nn.Module:
             f"{error.name} is needed to build the model of {folder}: "
             'pip install "quantization[transformers]", or give the model yourself'
         ) from None
-    config = transformers.AutoConfig.from_pretrained(folder)
-    names = config.architectures or []
-    cls = next((getattr(transformers, name) for name in names if hasattr(transformers, name)), None)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    names = [str(name) for name in config.architectures or ()]
+    found = (getattr(transformers, name, None) for name in names)
+    base = transformers.PreTrainedModel
+    cls = next((c for c in found if isinstance(c, type) and issubclass(c, base)), None)
     if cls is None:
         raise ValueError(
             f"{folder} is of the class {', '.join(names) or 'none'}, which transformers "

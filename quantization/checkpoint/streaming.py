@@ -10,17 +10,16 @@ the destination appears at the end, whole. Files are shared out over processes o
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import hashlib
 import json
 import os
-import shutil
+import pickle
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +30,16 @@ from torch import nn
 from quantization.checkpoint.float_source import FloatSource, open_source
 from quantization.checkpoint.format import VERSION, FileRecord
 from quantization.checkpoint.reading import check_hashes, check_record
+from quantization.checkpoint.unfinished import FILES, keep_only, partial_folder, unfinished
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, Shard, finish, plan_shards, write_shard
 from quantization.files import free_place, put_in_place, sync
+from quantization.json_files import CheckpointError, read_json
 from quantization.module_walker import Pattern
 from quantization.recipe import Recipe
 from quantization.report import ReplacementReport
-from quantization.safetensors_files import CheckpointError, TensorFile, read_json
+from quantization.safetensors_files import TensorFile
 
 __all__ = ["partial_folder", "quantize_checkpoint"]
-
-_JOURNAL = "journal.json"  # which run it is; beside it a record of each finished file
-_FILES = "files"  # what becomes the destination
 
 #: Hears the bytes of the destination that were written, and of how many.
 Progress = Callable[[int, int], None]
@@ -90,9 +88,11 @@ def quantize_checkpoint(
         A report of every layer; its model has shapes only.
 
     Raises:
-        FileExistsError: if the destination is there, or is the source.
+        FileExistsError: if the destination is there, or is or holds the source.
         FileNotFoundError, CheckpointError: if the source is incomplete or broken.
-        CheckpointError: if an unfinished run of another kind, or one that still runs, is there.
+        CheckpointError: if an unfinished run of another kind, or one that still runs, is there; or
+            if the source changes meanwhile.
+        RuntimeError: if a worker dies.
         OSError: if the disk fills; the destination does not appear, and the source is untouched.
         Whatever :func:`quantization.quantize_model` raises, before anything is written.
 
@@ -107,18 +107,20 @@ def quantize_checkpoint(
         (['model.safetensors', 'quantization.json'], 2560)
     """
     source, destination = Path(source), Path(destination)
-    if source.resolve() == destination.resolve():
-        raise FileExistsError(f"the destination {destination} is the source")
+    _refuse_source(destination, source)
     free_place(destination, overwrite=overwrite)
     if workers > 1 and model is not None:
         raise ValueError("workers build the model themselves: give no model, or workers=1")
     options = {"exclude": exclude, "nonfinite": nonfinite}
+    if workers > 1:
+        _check_picklable(recipe, exclude)
     planned = open_source(source, recipe, model=model, **options)
+    _refuse_source(destination, *(file.path for file in planned.files.files.values()))
     _tell_dropped(planned)
     shards = plan_shards(planned.stored, max_shard_bytes)
     rank, world = _ranks(workers)
     key = _fingerprint(planned, shards, nonfinite)
-    with _partial(destination, key, restart, is_first=rank == 0) as folder:
+    with unfinished(destination, key, restart, is_first=rank == 0) as folder:
         _barrier(world)
         todo = shards[rank::world]
         if workers > 1:
@@ -131,10 +133,29 @@ def quantize_checkpoint(
             records = {shard.name: _record(folder, shard) for shard in shards}
             if None in records.values():
                 raise CheckpointError(f"{folder}: a process did not finish its files")
-            finish(folder / _FILES, planned.stored, records)
-            put_in_place(folder / _FILES, destination)
+            if _fingerprint(planned, shards, nonfinite) != key:
+                raise CheckpointError(f"{source} was changed while it was read")
+            keep_only(folder / FILES, records)
+            finish(folder / FILES, planned.stored, records)
+            put_in_place(folder / FILES, destination)
         _barrier(world)
     return planned.report
+
+
+def _refuse_source(destination: Path, *sources: Path) -> None:
+    """Replacing a folder would remove a source that lies in it."""
+    place = destination.resolve()
+    for source in sources:
+        if place in (source.resolve(), *source.resolve().parents):
+            what = "is the source" if place == source.resolve() else f"holds the source {source}"
+            raise FileExistsError(f"the destination {destination} {what}")
+
+
+def _check_picklable(*values: Any) -> None:
+    try:
+        pickle.dumps(values)
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise ValueError(f"workers cannot be sent the recipe, so use workers=1: {error}") from None
 
 
 def _tell_dropped(planned: FloatSource) -> None:
@@ -176,14 +197,31 @@ def _by_workers(
         else:
             todo.append(shard)
     threads = max(1, torch.get_num_threads() // workers)
-    pool = ProcessPoolExecutor(workers, get_context("spawn"))
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _begin_worker)
     try:
         running = {pool.submit(_work, arguments, shard.name, threads): shard for shard in todo}
         for future in as_completed(running):
             future.result()
             meter.tell("", _size(running[future]))
+    except BrokenProcessPool:
+        raise RuntimeError(
+            "a worker died (killed, perhaps for want of memory); what is finished is kept, and the "
+            "same call goes on"
+        ) from None
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _begin_worker() -> None:
+    """Let a worker end with the process that started it: alone it would write on, unlocked."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work(arguments: tuple[Any, ...], name: str, threads: int) -> None:
@@ -204,9 +242,9 @@ def _write(
     """A file, then its record: a file without a record is not finished."""
     _record_path(folder, shard).unlink(missing_ok=True)
     try:
-        record = write_shard(folder / _FILES / shard.name, planned.stored, shard, tell)
+        record = write_shard(folder / FILES / shard.name, planned.stored, shard, tell)
     except BaseException:
-        (folder / _FILES / shard.name).unlink(missing_ok=True)
+        (folder / FILES / shard.name).unlink(missing_ok=True)
         raise
     path = _record_path(folder, shard)
     temporary = path.with_suffix(".tmp")
@@ -218,7 +256,7 @@ def _write(
 
 def _is_finished(folder: Path, shard: Shard) -> bool:
     """Whether an earlier run wrote that file, every byte of it."""
-    record, path = _record(folder, shard), folder / _FILES / shard.name
+    record, path = _record(folder, shard), folder / FILES / shard.name
     if record is None or not path.is_file():
         return False
     try:
@@ -255,77 +293,6 @@ class _Meter:
         self._done += nbytes
         if self._progress is not None:
             self._progress(self._done, self._total)
-
-
-# ---- the folder of an unfinished run ---------------------------------------------------------
-
-
-def partial_folder(destination: str | os.PathLike[str]) -> Path:
-    """Where an unfinished run keeps its files.
-
-    Example:
-        >>> partial_folder("models/small").as_posix()
-        'models/.small.partial'
-    """
-    destination = Path(destination)
-    return destination.parent / f".{destination.name}.partial"
-
-
-@contextmanager
-def _partial(destination: Path, key: str, restart: bool, *, is_first: bool) -> Iterator[Path]:
-    """The folder of unfinished files, new or of the same run; one process writes at a time."""
-    folder = partial_folder(destination)
-    if not is_first:  # the first of the ranks holds the lock
-        yield folder
-        return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"another process writes {destination}") from None
-        _take_up(folder, key, restart)
-        yield folder
-        _clear(folder)
-        folder.with_suffix(".lock").unlink(missing_ok=True)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
-        raise
-    finally:
-        os.close(lock)
-
-
-def _take_up(folder: Path, key: str, restart: bool) -> None:
-    """Go on with the run of that key, or begin it."""
-    if restart:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(exist_ok=True)
-    journal, temporary = folder / _JOURNAL, folder / "journal.tmp"
-    if journal.is_file():
-        if read_json(journal).get("key") != key:
-            raise CheckpointError(
-                f"{folder} holds an unfinished run of another recipe, or of another source or a "
-                "source that has changed: restart=True throws it away"
-            )
-    elif any(path != temporary for path in folder.iterdir()):
-        raise CheckpointError(f"{folder} is no unfinished run: restart=True throws it away")
-    else:
-        temporary.write_text(json.dumps({"key": key}))
-        sync(temporary)
-        temporary.replace(journal)
-        sync(folder)
-    (folder / _FILES).mkdir(exist_ok=True)
-
-
-def _clear(folder: Path) -> None:
-    """Remove what is left of a finished run; the journal last, so that a kill does no harm."""
-    for path in folder.iterdir():
-        if path.name != _JOURNAL:
-            path.unlink()
-    (folder / _JOURNAL).unlink()
-    folder.rmdir()
 
 
 def _fingerprint(planned: FloatSource, shards: list[Shard], nonfinite: str) -> str:

@@ -4,12 +4,14 @@
     quantization inspect FOLDER
 
 Without a command the end-to-end suite runs (:mod:`quantization.main`). Exit codes: 0, it was done;
-1, it could not be done, and nothing was changed; 2, the call was wrong.
+1, it could not be done, and nothing was changed; 2, the call was wrong; 130, interrupted; 141, the
+reader of the output went away.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,11 +57,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from quantization.cli import commands
 
     try:
-        return commands.run(options)
+        code = commands.run(options)
+        sys.stdout.flush()
+        return code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (OSError, ValueError, TypeError, ImportError) as error:
+    except BrokenPipeError:  # the reader has seen enough: `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except (OSError, ValueError, TypeError, ImportError, RuntimeError, MemoryError) as error:
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
         print(f"error: {error}{notes}", file=sys.stderr)
         return 1

@@ -41,6 +41,8 @@ def _recipe(options: argparse.Namespace) -> dict[str, str | None] | str:
         pattern, sign, name = rule.rpartition("=")
         if not sign or not pattern or not name:
             raise ValueError(f"a rule is PATTERN=NAME, not {rule!r}")
+        if pattern in rules or (pattern == "*" and options.scheme):
+            raise ValueError(f"two schemes are given for the pattern {pattern!r}")
         rules[pattern] = None if name == "none" else name
     if not rules and not options.scheme:
         raise ValueError("say what to make: --scheme w4g64a, or --rule PATTERN=NAME")
@@ -119,6 +121,8 @@ def _plain(report: ReplacementReport) -> dict[str, Any]:
 
 def _inspect(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     if not (options.folder / FILE).is_file():
+        if options.layer is not None:
+            raise ValueError(f"{options.folder} has no {FILE}: --layer is of a quantized folder")
         return _inspect_float(options, out)
     stored = checkpoint.read_checkpoint(options.folder)
     if options.layer is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,9 +71,22 @@ class Output:
             yield tell
 
     def finish(self, result: dict[str, Any]) -> None:
-        """The result, if it is to be JSON."""
+        """The result, if it is to be JSON, which has no NaN: null stands for it.
+
+        Example:
+            >>> Output(as_json=True).finish({"bits": float("nan")})
+            {"bits": null}
+        """
         if self._as_json:
-            print(json.dumps(result))
+            print(json.dumps(_finite(result)))
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 _WORDS = {"layer", "tensor", "what", "kernel", "scheme"}
@@ -93,5 +107,5 @@ def _by_rich(head: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
         table.add_column(name, justify="left" if _side(name) == "<" else "right", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(markup=False, highlight=False).print(table)  # a name with [..] is no markup
     return True

@@ -14,9 +14,10 @@ from quantization.checkpoint.format import CONFIG
 from quantization.dtypes import SOURCES
 from quantization.formats import FormatError
 from quantization.granularity import Granularity, PerGroup
+from quantization.json_files import read_json
 from quantization.packed_weights import PackedWeights
 from quantization.parameters import Mode
-from quantization.safetensors_files import TensorFolder, read_json
+from quantization.safetensors_files import TensorFolder
 from quantization.scheme import Scheme
 from quantization.scheme_rules import PER_ROW
 from quantization.stored_model import StoredLayer, StoredModel, StoredTensor

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -131,3 +135,27 @@ def float_folder(
     index = {"metadata": {}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
+
+
+# VmHWM and not ru_maxrss: that one a child inherits from the process that started it.
+PEAK = """
+import json, re, sys
+from quantization import quantize_checkpoint
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
+source, target, small, recipe = *sys.argv[1:4], json.loads(sys.argv[4])
+quantize_checkpoint(small, target + "-warm", "w4")
+before = peak()
+quantize_checkpoint(source, target, recipe)
+print(peak() - before)
+"""
+
+
+def peak_of_streaming(source: Path, target: Path, small: Path, recipe: Any) -> int:
+    """Bytes by which the peak of a fresh process grows, after it streamed a small folder."""
+    arguments = [*map(str, (source, target, small)), json.dumps(recipe)]
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    return int(run.stdout)

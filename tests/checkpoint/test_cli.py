@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from checkpoint_models import files_of, float_folder, quantized_net
 from torch import nn
 
-from quantization import load_quantized, quantize_checkpoint, save_quantized
+from quantization import load_quantized, quantize_checkpoint, quantize_model, save_quantized
 from quantization.cli import COMMANDS, main
 from quantization.cli.output import Output
 
@@ -213,3 +213,49 @@ def test_a_table_without_rich(capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "rich.console", None)
     Output(as_json=False).table(("layer", "n"), [("a", 10), ("bb", 2)])
     assert capsys.readouterr().out == "layer   n\na      10\nbb      2\n"
+
+
+def test_json_has_no_nan(tmp_path: Path, capsys) -> None:
+    model = nn.Sequential(nn.Linear(8, 0, bias=False))
+    quantize_model(model, "w4")
+    save_quantized(model, tmp_path / "new")
+    assert main(["inspect", str(tmp_path / "new"), "--json"]) == 0
+    text = capsys.readouterr().out
+    seen = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert seen["layers"]["0"]["bits_per_weight"] is None
+
+
+def test_one_pattern_has_one_scheme(tmp_path: Path, capsys) -> None:
+    source = float_folder(tmp_path / "float")
+    for rules in (["--rule", "*=w8", "--scheme", "w4"], ["--rule", "a=w8", "--rule", "a=w4"]):
+        assert "two schemes are given for the pattern" in failed(capsys, "plan", source, *rules)
+    assert "--layer is of a quantized folder" in failed(
+        capsys, "inspect", source, "--layer", "model.layers.0.q_proj"
+    )
+
+
+def test_names_in_brackets_are_no_markup(capsys, monkeypatch) -> None:
+    pytest.importorskip("rich")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    Output(as_json=False).table(("layer", "what"), [("x[/bold]", "by the rule '[kq]_proj'")])
+    printed = capsys.readouterr().out
+    assert "x[/bold]" in printed and "'[kq]_proj'" in printed
+
+
+def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
+    save_quantized(quantized_net("w4"), tmp_path / "new")
+    script = (
+        "import os, sys; read, write = os.pipe(); os.close(read); os.dup2(write, 1)\n"
+        "from quantization.cli import main; sys.exit(main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", script, "inspect", str(tmp_path / "new")]
+    run = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False)
+    assert (run.returncode, run.stderr) == (141, "")
+
+
+def test_a_worker_that_dies_is_an_error_in_words(capsys, monkeypatch) -> None:
+    def die(*arguments: object) -> int:
+        raise RuntimeError("a worker died")
+
+    monkeypatch.setattr("quantization.cli.commands.run", die)
+    assert failed(capsys, "verify", "x") == "error: a worker died\n"

@@ -31,8 +31,8 @@ from quantization.formats.compressed_tensors import (
     write_compressed_tensors,
 )
 from quantization.formats.folders import containers
+from quantization.json_files import CheckpointError
 from quantization.restore import restore_model
-from quantization.safetensors_files import CheckpointError
 from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, stored_model
 
 PARTS = ("packed_weights", "scales", "zero_points")

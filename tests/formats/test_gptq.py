@@ -18,8 +18,8 @@ from foreign_oracle import gptq_tensors, numbers, write_folder
 from quantization import Mode, Scheme, quantize_model
 from quantization.formats import FormatError
 from quantization.formats.gptq import read_gptq
+from quantization.json_files import CheckpointError
 from quantization.restore import restore_model
-from quantization.safetensors_files import CheckpointError
 from quantization.stored_model import StoredModel
 
 SETTINGS = {"bits": 4, "group_size": 32, "quant_method": "gptq", "checkpoint_format": "gptq"}
