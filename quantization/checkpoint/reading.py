@@ -11,7 +11,15 @@ from pathlib import Path
 
 import torch
 
-from quantization.checkpoint.format import CONFIG, FILE, Document, FileRecord, packed_of, parts_of
+from quantization.checkpoint.format import (
+    CONFIG,
+    FILE,
+    Document,
+    FileRecord,
+    packed_of,
+    parts_of,
+    weight_key,
+)
 from quantization.files import member
 from quantization.json_files import CheckpointError, read_json
 from quantization.packed_weights import PackedWeights
@@ -44,7 +52,8 @@ def read_checkpoint(folder: str | os.PathLike[str], *, verify: bool = False) -> 
         _verify_hashes(document, files)
     reader = _Reader(folder, document, files)
     layers = {name: reader.layer(name, layer) for name, layer in document.layers.items()}
-    used = {f"{name}.{part}" if name else part for name, layer in document.layers.items()
+    used = {weight_key(name) for name in document.layers}  # placeholders
+    used |= {f"{name}.{part}" if name else part for name, layer in document.layers.items()
             for part in parts_of(layer)}  # fmt: skip
     written = [key for record in document.files.values() for key in record.sha256]
     keys = dict.fromkeys([*written, *document.ties])

@@ -99,7 +99,7 @@ def load_quantized(
         FileNotFoundError: if a file is missing.
         CheckpointError: if a file is broken, or of a later version; the message names what.
         RestoreError: if the checkpoint does not fit the model, which is then as it was.
-        ModuleNotFoundError: if transformers would be needed and is not installed.
+        ImportError: if transformers would be needed and is not installed.
 
     Example:
         >>> import tempfile

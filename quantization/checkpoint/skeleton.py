@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantization.extras import need
+
 __all__ = ["skeleton_of_config", "skeleton_of_names"]
 
 _TABLES = re.compile(r"embed|^(wte|wpe|shared)$")
@@ -26,17 +28,11 @@ def skeleton_of_config(folder: str | os.PathLike[str]) -> nn.Module:
         folder: with a ``config.json`` of transformers.
 
     Raises:
-        ModuleNotFoundError: if transformers or accelerate is not installed.
+        ImportError: if transformers or accelerate is not installed.
         ValueError: if transformers has no such class.
     """
-    try:
-        import transformers
-        from accelerate import init_empty_weights
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            f"{error.name} is needed to build the model of {folder}: "
-            'pip install "quantization[transformers]", or give the model yourself'
-        ) from None
+    transformers: Any = need("transformers", "transformers")
+    accelerate: Any = need("accelerate", "transformers")
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
     names = [str(name) for name in config.architectures or ()]
     found = (getattr(transformers, name, None) for name in names)
@@ -47,7 +43,7 @@ def skeleton_of_config(folder: str | os.PathLike[str]) -> nn.Module:
             f"{folder} is of the class {', '.join(names) or 'none'}, which transformers "
             f"{transformers.__version__} does not have: give the model yourself"
         )
-    with init_empty_weights(include_buffers=False):
+    with accelerate.init_empty_weights(include_buffers=False):
         model: Any = cls(config)
     model.tie_weights()
     if (Path(folder) / "generation_config.json").is_file():

@@ -12,9 +12,18 @@ from typing import Any
 
 import torch
 
-from quantization.checkpoint.format import CONFIG, FILE, Document, FileRecord, parts_of, tensors_of
+from quantization.checkpoint.format import (
+    CONFIG,
+    FILE,
+    Document,
+    FileRecord,
+    parts_of,
+    tensors_of,
+    weight_key,
+)
 from quantization.checkpoint.plain_config import ENTRY, entry_of
 from quantization.files import new_folder
+from quantization.quantized_module import placeholder
 from quantization.safetensors_files import INDEX, TensorWriter
 from quantization.stored_model import StoredModel
 
@@ -83,6 +92,9 @@ def write_checkpoint(
 def plan_shards(stored: StoredModel, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
     """The files of a checkpoint: layers, then other tensors, in order, none parted.
 
+    With a config of transformers, an empty tensor stands under the name of each float weight: it
+    stops a transformers that does not know the format.
+
     Example:
         >>> from quantization.stored_model import stored_model
         >>> [shard.name for shard in plan_shards(stored_model(torch.nn.Linear(4, 2)), 32)]
@@ -91,6 +103,9 @@ def plan_shards(stored: StoredModel, max_shard_bytes: int = MAX_SHARD_BYTES) -> 
     if max_shard_bytes < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be 1 or more")
     units = [(name, "", forms) for name, forms in _layer_forms(stored)]
+    if stored.config is not None:
+        for name, _, forms in units:
+            forms[weight_key(name)] = ("uint8", (0, 0))
     units += [
         ("", key, {key: (tensor.dtype, tensor.shape)})
         for key, tensor in stored.tensors.items()
@@ -145,6 +160,8 @@ def write_shard(
                 if key in shard.forms:
                     writer.write(key, tensor)
                     nbytes += tensor.nbytes
+            if weight_key(name) in shard.forms:
+                writer.write(weight_key(name), placeholder())
             tell(name, nbytes)
         for key in shard.keys:
             tensor = stored.tensors[key].load()

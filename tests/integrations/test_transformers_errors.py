@@ -21,7 +21,7 @@ from saved_models import load
 from torch import nn
 
 import quantization.integrations.transformers as integration
-from quantization import Scheme
+from quantization import Scheme, save_quantized
 from quantization.integrations.transformers import QuantizationConfig
 
 
@@ -43,13 +43,14 @@ transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
 
 def test_without_the_import_loading_is_an_error(floats: dict[str, Path], tmp_path: Path) -> None:
     model = load("llama", floats["llama"], quantization_config=QuantizationConfig("w4g64a"))
-    model.save_pretrained(tmp_path)
-    command = [sys.executable, "-c", _WITHOUT, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode and "Unknown quantization type, got quantization" in done.stderr
-    assert (
-        "size mismatch" in done.stderr and "model.layers.{0, 1}.mlp.up_proj.weight" in done.stderr
-    )
+    model.save_pretrained(tmp_path / "theirs")
+    save_quantized(model, tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        command = [sys.executable, "-c", _WITHOUT, str(tmp_path / folder)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert done.returncode and "Unknown quantization type, got quantization" in done.stderr
+        assert "size mismatch" in done.stderr
+        assert "model.layers.{0, 1}.mlp.up_proj.weight" in done.stderr
 
 
 @pytest.mark.parametrize(
