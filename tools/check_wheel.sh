@@ -2,6 +2,7 @@
 # tools/check_wheel.sh [python]: build sdist -> wheel, audit both, and try the one wheel on other
 # Pythons with numpy alone. Needs the extra "dev" in that python.
 set -euo pipefail
+unset PYTEST_ADDOPTS  # of a caller: the environments made here have no plugins
 cd "$(dirname "$0")/.."
 python=${1:-python}
 work=$(mktemp -d)
