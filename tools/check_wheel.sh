@@ -2,7 +2,6 @@
 # tools/check_wheel.sh [python]: build sdist -> wheel, audit both, and try the one wheel on other
 # Pythons with numpy alone. Needs the extra "dev" in that python.
 set -euo pipefail
-unset PYTEST_ADDOPTS  # of a caller: the environments made here have no plugins
 cd "$(dirname "$0")/.."
 python=${1:-python}
 work=$(mktemp -d)
@@ -57,7 +56,7 @@ for version in 3.12 3.13; do
         continue
     fi
     "$other" -m venv "$work/$version"
-    "$work/$version/bin/pip" install -q --disable-pip-version-check numpy pytest hypothesis
+    "$work/$version/bin/pip" install -q --disable-pip-version-check numpy pytest pytest-xdist hypothesis
     "$work/$version/bin/pip" install -q --disable-pip-version-check --no-deps "$wheel"
     echo "python$version, $("$work/$version/bin/python" -c 'import numpy; print("numpy", numpy.__version__)'), no torch:"
     (cd "$work/apart" && "$work/$version/bin/python" -m pytest -q tests -p no:cacheprovider) || exit 1
