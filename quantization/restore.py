@@ -14,7 +14,7 @@ from quantization.conversion import convert
 from quantization.dtypes import name_of
 from quantization.module_walker import Site, is_conv1d, walk, why_embedding_left, why_left
 from quantization.quantized_module import QuantizedModule
-from quantization.stored_model import StoredLayer, StoredModel, saved_tensors, unwrapped
+from quantization.stored_model import StoredLayer, StoredModel, key_of, saved_tensors, unwrapped
 from quantization.swap import Store, assign, stores_of, tensors_of
 
 __all__ = ["RestoreError", "restore_model"]
@@ -42,6 +42,7 @@ def restore_model(stored: StoredModel, model: nn.Module) -> nn.Module:
         ``model``; or, where the model itself is a layer that is replaced, the new one.
 
     Raises:
+        TypeError: if ``model`` is no module.
         RestoreError: if a layer or tensor is missing, one too many, or has another shape, or a
             buffer that no file has would stay on meta. The model is then as it was.
 
@@ -54,6 +55,8 @@ def restore_model(stored: StoredModel, model: nn.Module) -> nn.Module:
         >>> torch.equal(restore_model(stored_model(model), other)(x), model(x))
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model (a torch.nn.Module instance), not {model!r:.60}")
     inner = unwrapped(model)
     sites = list(walk(inner))
     made = _layers(stored, sites)
@@ -76,7 +79,7 @@ def _layers(stored: StoredModel, sites: list[Site]) -> dict[int, nn.Module]:
     for name, layer in stored.layers.items():
         old = modules[name]
         if id(old) not in made:
-            bias = stored.tensors.get(_join(name, "bias"))
+            bias = stored.tensors.get(key_of(name, "bias"))
             _check_layer(name, layer, old, bias is not None)
             make = partial(_module, stored=layer, bias=None if bias is None else bias.load())
             made[id(old)] = convert(old, name, make)
@@ -122,7 +125,7 @@ def _tensor_stores(
     wanted = _wanted(sites, made)
     keys = {id(old): key for key, _, _, old in reversed(wanted) if key in stored.tensors}
     missing = [key for key, _, _, old in wanted if id(old) not in keys]
-    used = {key for key, *_ in wanted} | {_join(name, "bias") for name in stored.layers}
+    used = {key for key, *_ in wanted} | {key_of(name, "bias") for name in stored.layers}
     _refuse_keys(missing, [key for key in stored.tensors if key not in used], wanted)
     stores: list[Store] = []
     given: dict[tuple[str, Any], torch.Tensor] = {}
@@ -147,7 +150,7 @@ def _wanted(
         module = site.module
         for name, tensor in saved_tensors(site) if id(module) not in made else ():
             mapping = module._parameters if name in module._parameters else module._buffers
-            wanted.append((_join(site.name, name), mapping, name, tensor))
+            wanted.append((key_of(site.name, name), mapping, name, tensor))
     return wanted
 
 
@@ -188,10 +191,6 @@ def _refuse_meta(sites: list[Site], made: dict[int, nn.Module], stores: list[Sto
             f"persistent: {_some(bare)}. Build the model with its parameters on meta only, by "
             "accelerate.init_empty_weights(include_buffers=False)"
         )
-
-
-def _join(prefix: str, name: str) -> str:
-    return f"{prefix}.{name}" if prefix else name
 
 
 def _some(names: list[str]) -> str:

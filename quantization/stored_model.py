@@ -8,6 +8,7 @@ and :func:`quantization.restore.restore_model` puts one into a module.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,6 +32,8 @@ __all__ = [
     "StoredLayer",
     "StoredModel",
     "StoredTensor",
+    "key_of",
+    "nbytes_of",
     "saved_tensors",
     "stored_model",
     "unwrapped",
@@ -42,6 +45,26 @@ KINDS: dict[str, type[QuantizedModule]] = {
     "int8_linear": QWQALinearLayer,
     "embedding": PackedEmbedding,
 }
+
+
+def key_of(name: str, part: str) -> str:
+    """The key in a state dict of a tensor of the module of that dotted name.
+
+    Example:
+        >>> key_of("a.b", "scales"), key_of("", "scales")
+        ('a.b.scales', 'scales')
+    """
+    return f"{name}.{part}" if name else part
+
+
+def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
+    """Bytes of a tensor of that dtype, by torch's name, and shape.
+
+    Example:
+        >>> nbytes_of("bfloat16", (2, 3))
+        12
+    """
+    return math.prod(shape) * getattr(torch, dtype).itemsize
 
 
 @dataclass(frozen=True)
@@ -176,7 +199,7 @@ def stored_model(model: nn.Module, config: Mapping[str, Any] | None = None) -> S
             layers[site.name] = _layer_of(site.module)
             parts = site.module._weight_names()
         for name, tensor in saved_tensors(site):
-            key = f"{site.name}.{name}" if site.name else name
+            key = key_of(site.name, name)
             if tensor.numel():
                 same = (*memory_of(tensor), tensor.shape, tensor.stride(), tensor.dtype)
                 first = firsts.setdefault(same, key)

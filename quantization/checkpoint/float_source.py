@@ -24,7 +24,7 @@ from quantization.recipe import Recipe
 from quantization.report import ReplacementReport
 from quantization.safetensors_files import INDEX, TensorFolder
 from quantization.scheme import Scheme
-from quantization.stored_model import StoredLayer, StoredModel, saved_tensors, stored_model
+from quantization.stored_model import StoredLayer, StoredModel, key_of, saved_tensors, stored_model
 
 __all__ = ["FloatSource", "assets_of", "open_source"]
 
@@ -114,7 +114,7 @@ def _take_forms(files: TensorFolder, sites: list[Site]) -> dict[str, str]:
     places: list[tuple[str, nn.Module, str, torch.Tensor]] = []
     for site in sites:
         for name, tensor in saved_tensors(site):
-            places.append((f"{site.name}.{name}" if site.name else name, site.module, name, tensor))
+            places.append((key_of(site.name, name), site.module, name, tensor))
     first = {id(tensor): key for key, *_, tensor in reversed(places) if key in files.file_of}
     missing = [key for key, *_, tensor in places if id(tensor) not in first]
     if missing:
@@ -159,7 +159,7 @@ def _packed(
     files: TensorFolder, name: str, layer: StoredLayer, nonfinite: str, found: dict[str, str]
 ) -> PackedWeights:
     """Read a weight and pack it, block by block of its rows where rows stand for themselves."""
-    key = found[f"{name}.weight" if name else "weight"]
+    key = found[key_of(name, "weight")]
     file, options = files.file_of[key], {"nonfinite": nonfinite, "name": key}
     rows, cols = layer.shape
     dtype = getattr(torch, layer.dtype)

@@ -41,7 +41,6 @@ __all__ = [
     "packed_of",
     "parts_of",
     "tensors_of",
-    "weight_key",
 ]
 
 FILE = "quantization.json"
@@ -238,16 +237,6 @@ def _layer_from(name: str, plain: Any, what: str) -> StoredLayer:
 
 def _unread() -> PackedWeights:
     raise RuntimeError("a layer of a document has no weights; read_checkpoint gives it some")
-
-
-def weight_key(name: str) -> str:
-    """The key of the float weight that a layer does not have.
-
-    Example:
-        >>> weight_key("proj"), weight_key("")
-        ('proj.weight', 'weight')
-    """
-    return f"{name}.weight" if name else "weight"
 
 
 def parts_of(layer: StoredLayer) -> dict[str, tuple[str, tuple[int, ...]]]:

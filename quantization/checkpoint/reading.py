@@ -18,13 +18,12 @@ from quantization.checkpoint.format import (
     FileRecord,
     packed_of,
     parts_of,
-    weight_key,
 )
 from quantization.files import member
 from quantization.json_files import CheckpointError, read_json
 from quantization.packed_weights import PackedWeights
 from quantization.safetensors_files import INDEX, TensorFile
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor
+from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
 
 __all__ = ["check_hashes", "check_record", "read_checkpoint", "verify_checkpoint"]
 
@@ -52,8 +51,8 @@ def read_checkpoint(folder: str | os.PathLike[str], *, verify: bool = False) -> 
         _verify_hashes(document, files)
     reader = _Reader(folder, document, files)
     layers = {name: reader.layer(name, layer) for name, layer in document.layers.items()}
-    used = {weight_key(name) for name in document.layers}  # placeholders
-    used |= {f"{name}.{part}" if name else part for name, layer in document.layers.items()
+    used = {key_of(name, "weight") for name in document.layers}  # placeholders
+    used |= {key_of(name, part) for name, layer in document.layers.items()
             for part in parts_of(layer)}  # fmt: skip
     written = [key for record in document.files.values() for key in record.sha256]
     keys = dict.fromkeys([*written, *document.ties])
@@ -183,7 +182,7 @@ class _Reader:
         """A layer that reads its weight, all its tensors being there as they should."""
         found: dict[str, StoredTensor] = {}
         for part, (dtype, shape) in parts_of(layer).items():
-            key = f"{name}.{part}" if name else part
+            key = key_of(name, part)
             tensor = found[part] = self.stored(key)
             if (tensor.dtype, tensor.shape) != (dtype, shape):
                 raise CheckpointError(

@@ -16,9 +16,10 @@ import os
 import pickle
 import threading
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from quantization.checkpoint.format import VERSION, FileRecord
 from quantization.checkpoint.reading import check_hashes, check_record
 from quantization.checkpoint.unfinished import FILES, keep_only, partial_folder, unfinished
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, Shard, finish, plan_shards, write_shard
+from quantization.dtypes import index_of
 from quantization.files import free_place, put_in_place, sync
 from quantization.json_files import CheckpointError, read_json
 from quantization.module_walker import Pattern
@@ -109,6 +111,8 @@ def quantize_checkpoint(
     source, destination = Path(source), Path(destination)
     _refuse_source(destination, source)
     free_place(destination, overwrite=overwrite)
+    if index_of(workers, "workers") < 1:
+        raise ValueError(f"workers is {workers}; it must be 1 or more")
     if workers > 1 and model is not None:
         raise ValueError("workers build the model themselves: give no model, or workers=1")
     options = {"exclude": exclude, "nonfinite": nonfinite}
@@ -118,9 +122,11 @@ def quantize_checkpoint(
     _refuse_source(destination, *(file.path for file in planned.files.files.values()))
     _tell_dropped(planned)
     shards = plan_shards(planned.stored, max_shard_bytes)
-    rank, world = _ranks(workers)
     key = _fingerprint(planned, shards, nonfinite)
-    with unfinished(destination, key, restart, is_first=rank == 0) as folder:
+    with (
+        _ranks(workers) as (rank, world),
+        unfinished(destination, key, restart, is_first=rank == 0) as folder,
+    ):
         _barrier(world)
         todo = shards[rank::world]
         if workers > 1:
@@ -177,7 +183,7 @@ def _by_one(
     meter = _Meter(shards, progress)
     for shard in shards:
         if _is_finished(folder, shard):
-            meter.tell("", _size(shard))
+            meter.tell("", shard.nbytes)
         else:
             _write(folder, planned, shard, meter.tell)
 
@@ -193,7 +199,7 @@ def _by_workers(
     todo = []
     for shard in shards:
         if _is_finished(folder, shard):
-            meter.tell("", _size(shard))
+            meter.tell("", shard.nbytes)
         else:
             todo.append(shard)
     threads = max(1, torch.get_num_threads() // workers)
@@ -202,7 +208,7 @@ def _by_workers(
         running = {pool.submit(_work, arguments, shard.name, threads): shard for shard in todo}
         for future in as_completed(running):
             future.result()
-            meter.tell("", _size(running[future]))
+            meter.tell("", running[future].nbytes)
     except BrokenProcessPool:
         raise RuntimeError(
             "a worker died (killed, perhaps for want of memory); what is finished is kept, and the "
@@ -277,17 +283,10 @@ def _record_path(folder: Path, shard: Shard) -> Path:
     return folder / f"{shard.name}.json"
 
 
-def _size(shard: Shard) -> int:
-    return sum(
-        torch.Size(shape).numel() * getattr(torch, dtype).itemsize
-        for dtype, shape in shard.forms.values()
-    )
-
-
 class _Meter:
     def __init__(self, shards: list[Shard], progress: Progress | None) -> None:
         self._progress, self._done = progress, 0
-        self._total = sum(_size(shard) for shard in shards)
+        self._total = sum(shard.nbytes for shard in shards)
 
     def tell(self, name: str, nbytes: int) -> None:
         self._done += nbytes
@@ -314,17 +313,22 @@ def _fingerprint(planned: FloatSource, shards: list[Shard], nonfinite: str) -> s
 # ---- several machines ------------------------------------------------------------------------
 
 
-def _ranks(workers: int) -> tuple[int, int]:
-    """(rank, processes) of torchrun; (0, 1) without it."""
-    if workers < 1:
-        raise ValueError(f"workers is {workers}; it must be 1 or more")
+@contextmanager
+def _ranks(workers: int) -> Iterator[tuple[int, int]]:
+    """(rank, processes) of torchrun, in a group of processes; (0, 1) without it."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not dist.is_available():
-        return 0, 1
+        yield 0, 1
+        return
     if workers > 1:
         raise ValueError("torchrun has started processes already: workers must be 1")
-    if not dist.is_initialized():
+    is_ours = not dist.is_initialized()
+    if is_ours:
         dist.init_process_group("gloo")
-    return dist.get_rank(), dist.get_world_size()
+    try:
+        yield dist.get_rank(), dist.get_world_size()
+    finally:
+        if is_ours:
+            dist.destroy_process_group()
 
 
 def _barrier(world: int) -> None:

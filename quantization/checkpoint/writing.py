@@ -10,8 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from quantization.checkpoint.format import (
     CONFIG,
     FILE,
@@ -19,13 +17,13 @@ from quantization.checkpoint.format import (
     FileRecord,
     parts_of,
     tensors_of,
-    weight_key,
 )
 from quantization.checkpoint.plain_config import ENTRY, entry_of
+from quantization.dtypes import index_of
 from quantization.files import new_folder
 from quantization.quantized_module import placeholder
 from quantization.safetensors_files import INDEX, TensorWriter
-from quantization.stored_model import StoredModel
+from quantization.stored_model import StoredModel, key_of, nbytes_of
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -48,6 +46,11 @@ class Shard:
     layers: tuple[str, ...]
     keys: tuple[str, ...]
     forms: Mapping[str, tuple[str, tuple[int, ...]]] = field(repr=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors."""
+        return sum(nbytes_of(*form) for form in self.forms.values())
 
 
 def write_checkpoint(
@@ -75,9 +78,10 @@ def write_checkpoint(
 
     Example:
         >>> import tempfile
+        >>> from torch import nn
         >>> from quantization.stored_model import stored_model
         >>> with tempfile.TemporaryDirectory() as place:
-        ...     write_checkpoint(stored_model(torch.nn.Linear(4, 2)), f"{place}/model")
+        ...     write_checkpoint(stored_model(nn.Linear(4, 2)), f"{place}/model")
         ...     sorted(os.listdir(f"{place}/model"))
         ['model.safetensors', 'quantization.json']
     """
@@ -96,16 +100,17 @@ def plan_shards(stored: StoredModel, max_shard_bytes: int = MAX_SHARD_BYTES) -> 
     stops a transformers that does not know the format.
 
     Example:
+        >>> from torch import nn
         >>> from quantization.stored_model import stored_model
-        >>> [shard.name for shard in plan_shards(stored_model(torch.nn.Linear(4, 2)), 32)]
+        >>> [shard.name for shard in plan_shards(stored_model(nn.Linear(4, 2)), 32)]
         ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """
-    if max_shard_bytes < 1:
+    if index_of(max_shard_bytes, "max_shard_bytes") < 1:
         raise ValueError(f"max_shard_bytes is {max_shard_bytes}; it must be 1 or more")
     units = [(name, "", forms) for name, forms in _layer_forms(stored)]
     if stored.config is not None:
         for name, _, forms in units:
-            forms[weight_key(name)] = ("uint8", (0, 0))
+            forms[key_of(name, "weight")] = ("uint8", (0, 0))
     units += [
         ("", key, {key: (tensor.dtype, tensor.shape)})
         for key, tensor in stored.tensors.items()
@@ -114,7 +119,7 @@ def plan_shards(stored: StoredModel, max_shard_bytes: int = MAX_SHARD_BYTES) -> 
     groups: list[list[Any]] = [[]]
     filled = 0
     for unit in units:
-        nbytes = sum(_nbytes(*form) for form in unit[2].values())
+        nbytes = sum(nbytes_of(*form) for form in unit[2].values())
         if groups[-1] and filled + nbytes > max_shard_bytes:
             groups.append([])
             filled = 0
@@ -127,8 +132,7 @@ def _layer_forms(stored: StoredModel) -> list[tuple[str, dict[str, Any]]]:
     """Layers with the form of each tensor that is written for them, without tied ones."""
     made = []
     for name, layer in stored.layers.items():
-        prefix = f"{name}." if name else ""
-        forms = {prefix + part: form for part, form in parts_of(layer).items()}
+        forms = {key_of(name, part): form for part, form in parts_of(layer).items()}
         made.append((name, {key: form for key, form in forms.items() if key not in stored.ties}))
     return [(name, forms) for name, forms in made if forms]
 
@@ -139,10 +143,6 @@ def _shard(units: list[Any], number: int, count: int) -> Shard:
     keys = tuple(key for _, key, _ in units if key)
     layers = tuple(name for name, key, _ in units if not key)
     return Shard(f"{name}.safetensors", layers, keys, forms)
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel() * getattr(torch, dtype).itemsize
 
 
 def write_shard(
@@ -156,12 +156,12 @@ def write_shard(
         for name in shard.layers:
             nbytes = 0
             for part, tensor in tensors_of(stored.layers[name]).items():
-                key = f"{name}.{part}" if name else part
+                key = key_of(name, part)
                 if key in shard.forms:
                     writer.write(key, tensor)
                     nbytes += tensor.nbytes
-            if weight_key(name) in shard.forms:
-                writer.write(weight_key(name), placeholder())
+            if key_of(name, "weight") in shard.forms:
+                writer.write(key_of(name, "weight"), placeholder())
             tell(name, nbytes)
         for key in shard.keys:
             tensor = stored.tensors[key].load()

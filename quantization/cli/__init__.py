@@ -16,6 +16,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantization.formats import FORMATS
+
 __all__ = ["COMMANDS", "main"]
 
 #: Commands, and what each does.
@@ -120,10 +122,13 @@ def _add_quantize(quantize: argparse.ArgumentParser, plan: argparse.ArgumentPars
 
 
 def _add_formats(export: argparse.ArgumentParser, imports: argparse.ArgumentParser) -> None:
-    for parser, direction in ((export, "write"), (imports, "read")):
+    rows = FORMATS.items()
+    there = [name for name, (_, _, can_write) in rows if can_write]
+    here = [name for name, (_, can_read, _) in rows if can_read]
+    for parser, names in ((export, there), (imports, here)):
         parser.add_argument("source", type=Path)
         parser.add_argument("destination", type=Path)
-        parser.add_argument("--format", required=True, help=f"a format that can be {direction[:4]}")
+        parser.add_argument("--format", required=True, metavar="NAME", help=", ".join(names))
         parser.add_argument("--overwrite", action="store_true", help="replace the destination")
         parser.add_argument("--dry-run", action="store_true", help="read and check, write nothing")
         plain = "gguf: tensors by their own names, of no architecture"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import inspect
-import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,7 +19,7 @@ from quantization.cli.output import Output
 from quantization.formats import FormatError, reader, writer
 from quantization.report import Candidate, ReplacementReport, size, table
 from quantization.safetensors_files import TensorFolder
-from quantization.stored_model import StoredLayer, StoredModel
+from quantization.stored_model import StoredLayer, StoredModel, nbytes_of
 
 __all__ = ["run"]
 
@@ -130,7 +129,7 @@ def _inspect(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     candidates = [_candidate(name, layer) for name, layer in stored.layers.items()]
     floats = {key: t for key, t in stored.tensors.items() if key not in stored.ties}
     packed = sum(c.bytes_after for c in candidates)
-    others = sum(_nbytes(tensor.dtype, tensor.shape) for tensor in floats.values())
+    others = sum(nbytes_of(tensor.dtype, tensor.shape) for tensor in floats.values())
     out.table(*_parted(table(candidates)))
     out.line(
         f"{len(candidates)} quantized layers of {size(packed)} (in float: "
@@ -154,7 +153,7 @@ def _candidate(name: str, layer: StoredLayer) -> Candidate:
     nbytes, dtype = layer.scheme.nbytes(layer.shape, layer.dtype), layer.dtype
     bits = layer.scheme.bits_per_weight(layer.shape, dtype)
     return Candidate(
-        name, layer.kind, "", layer.kind, layer.shape, _nbytes(dtype, layer.shape), nbytes,
+        name, layer.kind, "", layer.kind, layer.shape, nbytes_of(dtype, layer.shape), nbytes,
         scheme=str(layer.scheme), bits_per_weight=bits,
     )  # fmt: skip
 
@@ -195,12 +194,6 @@ def _verify(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     nbytes = checkpoint.verify_checkpoint(options.folder)
     out.line(f"{options.folder}: {size(nbytes)} of tensors, all as they were written")
     return {"folder": str(options.folder), "bytes": nbytes}
-
-
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    import torch
-
-    return math.prod(shape) * getattr(torch, dtype).itemsize
 
 
 # ---- formats, bench --------------------------------------------------------------------------

@@ -26,8 +26,8 @@ import torch
 
 from quantization.formats import FormatError
 from quantization.formats.columns import groups_of, layer_of, scales_of
-from quantization.formats.folders import Folder, join, open_folder
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor
+from quantization.formats.folders import Folder, open_folder
+from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
 from quantization.weight_pack import unpack_weights
 
 __all__ = ["read_awq"]
@@ -75,7 +75,7 @@ def read_awq(folder: str | os.PathLike[str]) -> StoredModel:
     group_size = _group_size(source)
     names = source.names("qweight", "qzeros")
     layers = {name: _layer(source, name, group_size) for name in names}
-    return source.model(layers, [join(name, part) for name in names for part in _PARTS])
+    return source.model(layers, [key_of(name, part) for name in names for part in _PARTS])
 
 
 def _group_size(source: Folder) -> int:
@@ -95,7 +95,7 @@ def _group_size(source: Folder) -> int:
 
 
 def _layer(source: Folder, name: str, group_size: int) -> StoredLayer:
-    key = partial(join, name)
+    key = partial(key_of, name)
     qweight = source.tensor(key("qweight"), ("int32",), (None, None))
     cols, words = qweight.shape
     group, groups = groups_of(group_size, cols)

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 
 from quantization.dtypes import SOURCES
-from quantization.formats.folders import Folder, granularity_of, join
+from quantization.formats.folders import Folder, granularity_of
 from quantization.formats.integers import Integers, packed_of
 from quantization.packed_weights import PackedWeights
 from quantization.scheme import Scheme
-from quantization.stored_model import StoredLayer, StoredTensor
+from quantization.stored_model import StoredLayer, StoredTensor, key_of
 
 __all__ = ["groups_of", "layer_of", "scales_of"]
 
@@ -32,7 +32,7 @@ def groups_of(group_size: int, cols: int) -> tuple[int | None, int]:
 
 def scales_of(folder: Folder, name: str, groups: int) -> StoredTensor:
     """The scales of a layer, ``[groups, out]``."""
-    return folder.tensor(join(name, "scales"), SOURCES, (groups, None))
+    return folder.tensor(key_of(name, "scales"), SOURCES, (groups, None))
 
 
 def layer_of(

@@ -48,7 +48,6 @@ from quantization.formats.folders import (
     Folder,
     containers,
     granularity_of,
-    join,
     open_folder,
 )
 from quantization.formats.integers import (
@@ -63,7 +62,7 @@ from quantization.granularity import Granularity
 from quantization.packed_weights import PackedWeights
 from quantization.parameters import Mode
 from quantization.scheme import Scheme
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor
+from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
 from quantization.weight_pack import pack_weights, unpack_weights
 
 __all__ = ["read_compressed_tensors", "write_compressed_tensors"]
@@ -106,7 +105,7 @@ def read_compressed_tensors(folder: str | os.PathLike[str]) -> StoredModel:
         read = _packed_layer if group.layout == PACKED else _int8_layer
         layers[name] = read(source, name, group.form)
         parts = _PARTS if group.layout == PACKED else ("weight", *_PARTS)
-        used += [join(name, part) for part in (*parts, *_ACTIVATIONS)]
+        used += [key_of(name, part) for part in (*parts, *_ACTIVATIONS)]
         has_activations |= group.has_activations
     if has_activations:
         _log.warning("%s quantizes activations too; here they stay float", source.path)
@@ -114,7 +113,7 @@ def read_compressed_tensors(folder: str | os.PathLike[str]) -> StoredModel:
 
 
 def _packed_layer(source: Folder, name: str, form: WeightForm) -> StoredLayer:
-    key = partial(join, name)
+    key = partial(key_of, name)
     rows, cols = _shape(source, key("weight_shape"))
     words = source.tensor(key("weight_packed"), ("int32",), (rows, containers(cols, form.bits)))
 
@@ -125,7 +124,7 @@ def _packed_layer(source: Folder, name: str, form: WeightForm) -> StoredLayer:
 
 
 def _int8_layer(source: Folder, name: str, form: WeightForm) -> StoredLayer:
-    key = join(name, "weight")
+    key = key_of(name, "weight")
     weight = source.tensor(key, ("int8",), (None, None))
     rows, cols = weight.shape
     where = f"{source.path}: {key}"
@@ -141,9 +140,9 @@ def _layer(
 ) -> StoredLayer:
     rows, cols = shape
     groups = 1 if form.group is None else -(-cols // form.group)
-    scales = _each_row(source, join(name, "weight_scale"), SOURCES, form, (rows, groups))
-    zeros = _zeros(source, join(name, "weight_zero_point"), form, (rows, groups))
-    order, places = None, join(name, "weight_g_idx")
+    scales = _each_row(source, key_of(name, "weight_scale"), SOURCES, form, (rows, groups))
+    zeros = _zeros(source, key_of(name, "weight_zero_point"), form, (rows, groups))
+    order, places = None, key_of(name, "weight_g_idx")
     if places in source.tensors:
         order = _order(source, places, form, cols, groups)
 
@@ -318,7 +317,7 @@ def _tensors(stored: StoredModel, forms: Mapping[str, WeightForm]) -> dict[str, 
     for name, layer in stored.layers.items():
         for part, (dtype, shape) in _parts(layer, forms[name]).items():
             load = partial(lambda name, part: converted(name)[part], name, part)
-            made[join(name, part)] = StoredTensor(shape, dtype, load)
+            made[key_of(name, part)] = StoredTensor(shape, dtype, load)
     return made | {key: value for key, value in stored.tensors.items() if key not in stored.ties}
 
 

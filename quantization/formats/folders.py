@@ -28,7 +28,6 @@ __all__ = [
     "containers",
     "granularity_of",
     "is_named",
-    "join",
     "open_folder",
 ]
 
@@ -193,16 +192,6 @@ def _settings(
             if made.get(key) is None:
                 made[key] = value
     return made
-
-
-def join(name: str, part: str) -> str:
-    """The key of a layer's tensor.
-
-    Example:
-        >>> join("a.b", "scales"), join("", "scales")
-        ('a.b.scales', 'scales')
-    """
-    return f"{name}.{part}" if name else part
 
 
 def containers(count: int, bits: int) -> int:

@@ -45,7 +45,7 @@ from quantization.formats.gguf_packed import blocks_of
 from quantization.formats.gguf_reader import PLAIN, PLAIN_KEY, ROPE, read_gguf
 from quantization.formats.gguf_tokenizer import save_tokenizer, write_tokenizer
 from quantization.formats.gguf_types import type_for
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor
+from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
 
 __all__ = ["WrittenTensor", "read_gguf", "save_tokenizer", "write_gguf"]
 
@@ -171,7 +171,7 @@ def _entries(
 ) -> Iterator[_Entry]:
     left = () if names is None else _tied_head(stored)
     for name, layer in stored.layers.items():
-        key = f"{name}.weight" if name else "weight"
+        key = key_of(name, "weight")
         if key not in left:
             entry = _layer_entry(name or "the model", layer, wanted.get(name), allow_rounding)
             yield _placed(entry._replace(name=key, key=key), names)

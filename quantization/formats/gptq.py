@@ -32,9 +32,9 @@ import torch
 
 from quantization.formats import FormatError
 from quantization.formats.columns import groups_of, layer_of, scales_of
-from quantization.formats.folders import Folder, containers, is_named, join, open_folder
+from quantization.formats.folders import Folder, containers, is_named, open_folder
 from quantization.formats.integers import group_order
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor
+from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
 from quantization.weight_pack import unpack_weights
 
 __all__ = ["read_gptq"]
@@ -82,7 +82,7 @@ def read_gptq(folder: str | os.PathLike[str]) -> StoredModel:
     version = _version(source)
     names = source.names("qweight", "qzeros")
     layers = {name: _layer(source, name, version) for name in names}
-    return source.model(layers, [join(name, part) for name in names for part in _PARTS])
+    return source.model(layers, [key_of(name, part) for name in names for part in _PARTS])
 
 
 def _version(source: Folder) -> int:
@@ -145,7 +145,7 @@ class _Zeros:
 
 def _layer(source: Folder, name: str, version: int) -> StoredLayer:
     bits, group_size = _sizes(source, name)
-    key = partial(join, name)
+    key = partial(key_of, name)
     qweight = source.tensor(key("qweight"), ("int32",), (None, None))
     cols, places = _columns(source, name, bits, qweight.shape[0])
     group, groups = groups_of(group_size, cols)
@@ -166,14 +166,14 @@ def _layer(source: Folder, name: str, version: int) -> StoredLayer:
 
 def _columns(source: Folder, name: str, bits: int, words: int) -> tuple[int, StoredTensor | None]:
     """How many columns there are, and ``g_idx`` if there is one."""
-    key = join(name, "g_idx")
+    key = key_of(name, "g_idx")
     cols = words * 32 // bits
     if key not in source.tensors:
         return cols, None
     places = source.tensor(key, ("int32", "int64"), (None,))
     if containers(places.shape[0], bits) != words:
         raise FormatError(
-            f"{source.path}: {key} has {places.shape[0]} columns, and {join(name, 'qweight')} of "
+            f"{source.path}: {key} has {places.shape[0]} columns, and {key_of(name, 'qweight')} of "
             f"{bits} bits has {cols}"
         )
     return places.shape[0], places

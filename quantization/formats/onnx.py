@@ -29,7 +29,7 @@ from quantization.packed_weights import PackedWeights
 from quantization.parameters import Mode
 from quantization.quantized_module import QuantizedLinear
 from quantization.scheme import Scheme
-from quantization.stored_model import StoredLayer, StoredModel, stored_model
+from quantization.stored_model import StoredLayer, StoredModel, key_of, stored_model
 from quantization.weight_pack import pack_weights
 
 __all__ = ["MatMulNBits", "export_layer_onnx", "matmul_nbits", "write_onnx"]
@@ -241,7 +241,7 @@ def write_onnx(
     _onnx()
     with new_folder(folder, overwrite=overwrite) as made:
         for name, layer in stored.layers.items():
-            bias = stored.tensors.get(f"{name}.bias" if name else "bias")
+            bias = stored.tensors.get(key_of(name, "bias"))
             proto = _model(name or "linear", layer, None if bias is None else bias.load())
             (made / f"{name or 'linear'}.onnx").write_bytes(proto)
 

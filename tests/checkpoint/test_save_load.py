@@ -427,6 +427,9 @@ def test_without_a_model_or_config_the_error_says_what_to_give(tmp_path: Path) -
     save_quantized(nn.Linear(2, 2), tmp_path / "saved")
     with pytest.raises(ValueError, match=r"no config\.json .* give the model"):
         load_quantized(tmp_path / "saved")
+    for what in ("model", nn.Linear):
+        with pytest.raises(TypeError, match="expected a model"):
+            load_quantized(tmp_path / "saved", what)
 
 
 def test_a_stored_model_goes_into_another_without_files() -> None:

@@ -405,6 +405,9 @@ def test_bad_calls_write_nothing(tmp_path: Path) -> None:
     ]:
         with pytest.raises(error, match=message):
             quantize_checkpoint(*arguments)
+    for options in ({"workers": "2"}, {"max_shard_bytes": "5GB"}, {"workers": True}):
+        with pytest.raises(TypeError, match=f"{next(iter(options))} must be an integer, not"):
+            quantize_checkpoint(source, tmp_path / "new", "w4", **options)
     with pytest.raises(ValueError, match="give no model, or workers=1"):
         model = skeleton_of_names({"a.weight": ("float32", (8, 8))})
         save_file({"a.weight": torch.ones(8, 8)}, tmp_path / "a.safetensors")
