@@ -18,12 +18,7 @@ from benchmarks.peers import quiet
 from benchmarks.records import Row, add_ratios
 from benchmarks.session import Session, any_isa, threads_of_torch
 from benchmarks.tables import print_cells
-from quantization import (
-    QWQALinearLayer,
-    Target,
-    replace_linear_layers_with_w8a16,
-    set_isa,
-)
+from quantization import QWQALinearLayer, Target, replace_linear_layers_with_w8a16, set_isa
 
 MODEL = "smollm2"
 FLOAT, QUANTIZED, ZERO = "", "W8A16 ", "zero-cost "
@@ -48,7 +43,7 @@ class ZeroLinear(nn.Module):
 
 def run_model(session: Session) -> None:
     """Measure the section; a missing extra or model is reported, not an error."""
-    from quantization.model_sources import ModelError, load_model
+    from quantization.demo.model_sources import ModelError, load_model
 
     settings = session.settings
     if not settings.reply:

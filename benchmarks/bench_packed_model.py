@@ -22,8 +22,8 @@ from quantization import PackedLinearLayer, quantize_model, set_isa
 from quantization.demo import char_model
 
 if TYPE_CHECKING:
-    from quantization.model_sources import LoadedModel
-    from quantization.quality import Judge
+    from quantization.demo.model_sources import LoadedModel
+    from quantization.demo.quality import Judge
 
 FLOAT = "float"
 SCHEMES = ("w8", "w6g64a", "w5g64a", "w4g64a", "w3g64a", "w2g64a", "nf4g64", "ternaryg64")
@@ -32,8 +32,8 @@ PROMPT = "The oldest bridge of the city"
 
 def run_packed_model(session: Session) -> None:
     """Measure the section; a missing extra or model is reported, not an error."""
-    from quantization.model_sources import ModelError, load_model
-    from quantization.quality import judge_for
+    from quantization.demo.model_sources import ModelError, load_model
+    from quantization.demo.quality import judge_for
 
     settings = session.settings
     text = char_model.HELD_OUT_TEXT.read_text(encoding="utf-8")

@@ -9,12 +9,12 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantization import quantize_model
+from quantization.checkpoint.restore import restore_model
+from quantization.checkpoint.stored_model import stored_model
 from quantization.formats.compressed_tensors import (
     read_compressed_tensors,
     write_compressed_tensors,
 )
-from quantization.restore import restore_model
-from quantization.stored_model import stored_model
 
 # A small random model; LlamaForCausalLM.from_pretrained(folder) gives a real one.
 shape = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}

@@ -8,9 +8,9 @@ import torch
 import transformers
 
 from quantization import quantize_model
+from quantization.checkpoint.restore import restore_model
+from quantization.checkpoint.stored_model import stored_model
 from quantization.formats.gguf import read_gguf, write_gguf
-from quantization.restore import restore_model
-from quantization.stored_model import stored_model
 
 config = transformers.LlamaConfig(
     vocab_size=128,

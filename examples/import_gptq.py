@@ -10,8 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from quantization import pack_weights
+from quantization.checkpoint.restore import restore_model
 from quantization.formats.gptq import read_gptq
-from quantization.restore import restore_model
 
 
 def make_one(folder: Path) -> None:

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from quantization import quantize_model
+from quantization.demo.model_sources import load_model
 from quantization.distributed import allowed_difference, held_bytes, plan_of, tensor_parallel
-from quantization.model_sources import load_model
 
 if "RANK" not in os.environ:  # not by torchrun: do what it does
     from torch.distributed import run

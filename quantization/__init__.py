@@ -17,12 +17,9 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from quantization.checkpoint import load_quantized, quantize_checkpoint, save_quantized
-    from quantization.experts import UnfusedExperts, unfuse_experts
-    from quantization.linear import LinearKernel, linear_kernel, quantized_forward
-    from quantization.linear_layer import (
-        QWQALinearLayer,
-        name_for_quantized_weight_buffer,
-    )
+    from quantization.layers.packed_embedding import PackedEmbedding
+    from quantization.layers.packed_layer import PackedLinearLayer
+    from quantization.linear_layer import QWQALinearLayer, name_for_quantized_weight_buffer
     from quantization.linear_quantizer import (
         PER_COLUMNS,
         PER_ROWS,
@@ -36,24 +33,18 @@ if TYPE_CHECKING:
         per_dim_scale_and_zero_for,
         quantize_linear,
     )
-    from quantization.model_quantizer import dequantize_model, quantize_model
-    from quantization.packed_embedding import PackedEmbedding
-    from quantization.packed_layer import PackedLinearLayer
-    from quantization.packed_weights import PackedWeights, pack_matrix
-    from quantization.replacement import (
+    from quantization.models.quantizer import dequantize_model, quantize_model
+    from quantization.ops.linear import LinearKernel, linear_kernel, quantized_forward
+    from quantization.ops.runtime import active_isa, get_num_threads, isas, set_isa, set_num_threads
+    from quantization.schemes.packed_weights import PackedWeights, pack_matrix
+    from quantization.schemes.scheme import Scheme
+    from quantization.swap.experts import UnfusedExperts, unfuse_experts
+    from quantization.swap.replacement import (
         ReplacementReport,
         Target,
         replace_linear_layers_with_w8a16,
         target_class_from,
     )
-    from quantization.runtime import (
-        active_isa,
-        get_num_threads,
-        isas,
-        set_isa,
-        set_num_threads,
-    )
-    from quantization.scheme import Scheme
     from quantization.weight_pack import (
         Packing,
         bit_shifts,
@@ -65,8 +56,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "checkpoint": ("load_quantized", "quantize_checkpoint", "save_quantized"),
-    "experts": ("UnfusedExperts", "unfuse_experts"),
-    "linear": ("LinearKernel", "linear_kernel", "quantized_forward"),
+    "swap.experts": ("UnfusedExperts", "unfuse_experts"),
+    "ops.linear": ("LinearKernel", "linear_kernel", "quantized_forward"),
     "linear_layer": ("QWQALinearLayer", "name_for_quantized_weight_buffer"),
     "linear_quantizer": (
         "PER_COLUMNS",
@@ -81,18 +72,18 @@ _HOMES = {
         "per_dim_scale_and_zero_for",
         "quantize_linear",
     ),
-    "model_quantizer": ("dequantize_model", "quantize_model"),
-    "packed_embedding": ("PackedEmbedding",),
-    "packed_layer": ("PackedLinearLayer",),
-    "packed_weights": ("PackedWeights", "pack_matrix"),
-    "replacement": (
+    "models.quantizer": ("dequantize_model", "quantize_model"),
+    "layers.packed_embedding": ("PackedEmbedding",),
+    "layers.packed_layer": ("PackedLinearLayer",),
+    "schemes.packed_weights": ("PackedWeights", "pack_matrix"),
+    "swap.replacement": (
         "ReplacementReport",
         "Target",
         "replace_linear_layers_with_w8a16",
         "target_class_from",
     ),
-    "runtime": ("active_isa", "get_num_threads", "isas", "set_isa", "set_num_threads"),
-    "scheme": ("Scheme",),
+    "ops.runtime": ("active_isa", "get_num_threads", "isas", "set_isa", "set_num_threads"),
+    "schemes.scheme": ("Scheme",),
     "weight_pack": (
         "Packing",
         "bit_shifts",

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from packed_oracle import PARTS, array_of, numbers, tolerance
 
-from quantization.dtypes import SOURCES
-from quantization.packed_weights import PackedWeights
+from quantization.ops.dtypes import SOURCES
+from quantization.schemes.packed_weights import PackedWeights
 
 torch = pytest.importorskip("torch")
 

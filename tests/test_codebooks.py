@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from oracle import nearest, numbers
 
-from quantization import codebooks
-from quantization.codebooks import E2M1, FP4, NF4, fit_codebook, fit_ternary
+from quantization.schemes import codebooks
+from quantization.schemes.codebooks import E2M1, FP4, NF4, fit_codebook, fit_ternary
 
 # ---- tables ------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from quantization import dtypes
-from quantization.dtypes import SOURCES, TARGETS, DType, dtype_of, name_of, source_of, target_of
+from quantization.ops import dtypes
+from quantization.ops.dtypes import SOURCES, TARGETS, DType, dtype_of, name_of, source_of, target_of
 
 ALL = SOURCES | TARGETS
 
@@ -118,7 +118,7 @@ def test_a_type_is_a_value() -> None:
 
 
 def test_torch_is_not_imported() -> None:
-    code = "import sys, quantization.dtypes; sys.exit('torch' in sys.modules)"
+    code = "import sys, quantization.ops.dtypes; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from quantization import files
-from quantization.files import member, new_file, new_folder
+from quantization.checkpoint.disk import files
+from quantization.checkpoint.disk.files import member, new_file, new_folder
 
 
 def names(path: Path) -> list[str]:

@@ -9,9 +9,15 @@ import pickle
 import numpy as np
 import pytest
 
-from quantization import granularity
-from quantization._native import Grid
-from quantization.granularity import PER_COLUMNS, PER_ROWS, Granularity, PerDimension, PerGroup
+from quantization.numerics import granularity
+from quantization.numerics.granularity import (
+    PER_COLUMNS,
+    PER_ROWS,
+    Granularity,
+    PerDimension,
+    PerGroup,
+)
+from quantization.ops.native import Grid
 
 VALUES = [Granularity.PerTensor, Granularity.PerDimension(0), Granularity.PerGroup(32, 1)]
 

@@ -14,7 +14,7 @@ from packed_calls import ALL, DTYPES, check_decoding, matrix, same
 from packed_oracle import array_of, numbers, read
 
 from quantization import Granularity, Mode, Scheme, pack_matrix
-from quantization.codebooks import E2M1, FP4, NF4
+from quantization.schemes.codebooks import E2M1, FP4, NF4
 
 torch = pytest.importorskip("torch")
 hypothesis = pytest.importorskip("hypothesis")

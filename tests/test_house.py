@@ -9,7 +9,9 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,66 +54,43 @@ C_ARROWS = {
     "qk": set(),
 }
 
-# Floor of each Python module: a module imports only from lower floors (or its own room's list).
-FLOORS = {
-    "_kernels": 0,
-    "dtypes": 1,
-    "runtime": 1.5,
-    "_native": 2,
-    "_torch_checks": 1.4,
-    "packed_rows": 1.4,
-    "_torch_devices": 1.6,
-    "_torch_kernels": 1.7,
-    "_torch_ops": 2,
-    "granularity": 3,
-    "codebooks": 3,
-    "packing": 3,
-    "parameters": 3.3,
-    "scheme_names": 3.6,
-    "scheme_rules": 3.6,
-    "rules": 3.6,
-    "scheme": 3.8,
-    "linear_quantizer": 4,
-    "weight_pack": 4,
-    "linear": 4,
-    "stored_scales": 3,
-    "grids": 4.3,
-    "packed_weights": 4.5,
-    "module_walker": 5,
-    "target": 5.3,
-    "quantized_module": 5.3,
-    "report": 5.3,
-    "conversion": 5.6,
-    "packed_module": 5.6,
-    "scheme_conversion": 5.8,
-    "swap": 5.8,
-    "replacement": 6,
-    "linear_layer": 7,
-    "packed_layer": 7.3,
-    "packed_embedding": 7.3,
-    "recipe": 7.3,
-    "experts": 7.3,
-    "model_quantizer": 7.6,
-    "distributed": 7.8,
-    "files": 1,
-    "extras": 1,
-    "json_files": 1,
-    "stored_model": 7.6,
-    "safetensors_files": 7.7,
-    "restore": 7.8,
-    "checkpoint": 8.2,
-    "integrations": 8.3,
-    "demo": 8,
-    "model_download": 8,
-    "weight_checks": 8,
-    "suite_log": 8,
-    "model_sources": 9,
-    "quality": 10,
-    "main": 11,
-    "formats": 8.4,
-    "cli": 11.5,
-    "__main__": 12,
+# The rooms of the package from the ground up; a file reaches its own room and those before it.
+FLOORS = (
+    "_kernels",
+    "ops",
+    "numerics",
+    "schemes",
+    "layers",
+    "swap",
+    "models",
+    "checkpoint/disk",
+    "checkpoint",
+    "distributed",
+    "formats/gguf",
+    "formats",
+    "integrations",
+    "demo",
+    "linear_quantizer",
+    "weight_pack",
+    "linear_layer",
+    "main",
+    "__init__",
+    "cli",
+    "__main__",
+)
+FACES = ("linear_quantizer", "weight_pack", "linear_layer", "main")
+
+# Where something of ours is loaded inside a function, and why it may be.
+LOADED_LATE = {
+    "__init__.py": "names are loaded when they are used, so the NumPy core needs no torch",
+    "cli/__init__.py": "the command line starts quickly",
+    "formats/__init__.py": "the command line lists formats without loading them",
+    "integrations/__init__.py": "a library that is not in use is not loaded",
 }
+MOST_FILES = 12
+
+# Packages that a file may import inside a function: they are extras, or what a torch tensor brings.
+OPTIONAL = ("torch", "transformers", "ml_dtypes", "gguf", "onnx", "peft", "rich", "tqdm")
 
 
 def includes(path: Path) -> list[str]:
@@ -149,49 +128,159 @@ def test_kernels_own_nothing(path: Path) -> None:
     assert not re.search(r"\b(malloc|calloc|realloc|free|pthread_\w+|printf|abort)\s*\(", text)
 
 
-def _imports(path: Path) -> set[str]:
-    found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            parts = node.module.split(".")
-            if parts[0] == "quantization":
-                found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
-        elif isinstance(node, ast.Import):
-            for alias in node.names:
-                parts = alias.name.split(".")
-                if parts[0] == "quantization" and len(parts) > 1:
-                    found.add(parts[1])
+def _module_of(path: Path) -> str:
+    """Dotted name below the package; ``"__init__"`` is the package itself."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+MODULES = {_module_of(path): path for path in PY_FILES} | {"_kernels": PACKAGE / "_kernels.pyi"}
+
+
+def _imports(path: Path, source: str | None = None) -> list[tuple[str, bool]]:
+    """Modules of ours that a file names in imports, and whether inside a function."""
+    found: list[tuple[str, bool]] = []
+    for node, inside in _import_nodes(path.read_text() if source is None else source):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] != "quantization":
+                continue
+            while len(parts) > 1 and ".".join(parts[1:]) not in MODULES:
+                parts.pop()
+            found.append((".".join(parts[1:]) or "__init__", inside))
     return found
 
 
-def _room(path: Path) -> str:
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0]
+def _import_nodes(source: str) -> Iterator[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """Imports of a file, and whether each stands inside a function; not those of type checkers."""
+
+    def visit(node: ast.AST, inside: bool) -> Iterator[tuple[Any, bool]]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
+                continue
+            if isinstance(child, ast.Import | ast.ImportFrom):
+                yield child, inside
+            yield from visit(child, inside or isinstance(child, ast.FunctionDef | ast.Lambda))
+
+    return visit(ast.parse(source), False)
+
+
+def _floor(module: str) -> int:
+    parts = module.split(".")
+    for length in range(len(parts), 0, -1):
+        if "/".join(parts[:length]) in FLOORS:
+            return FLOORS.index("/".join(parts[:length]))
+    raise AssertionError(f"{module} has no floor: add its room to FLOORS where it belongs")
+
+
+def ups(path: Path, source: str | None = None) -> list[str]:
+    """Imports of a file that run up, however late they come."""
+    module = _module_of(path)
+    return [
+        f"{module} reaches up to {name}"
+        for name, _ in _imports(path, source)
+        if _floor(name) > _floor(module)
+    ]
+
+
+def late(path: Path, source: str | None = None) -> list[str]:
+    """Imports inside functions of a file, but of optional packages."""
+    here = path.relative_to(PACKAGE).as_posix()
+    text = path.read_text() if source is None else source
+    wrong = [f"{here} imports {ast.unparse(n)!r} late" for n, i in _import_nodes(text) if i]
+    wrong = [line for line in wrong if not any(extra in line for extra in OPTIONAL)]
+    if "import_module" in text and here not in {*LOADED_LATE, "ops/extras.py"}:
+        wrong.append(f"{here} imports by name")
+    return [] if here in LOADED_LATE else wrong
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Some modules that import each other, or nothing."""
+    done: set[str] = set()
+
+    def search(module: str, trail: list[str]) -> list[str]:
+        if module in trail:
+            return trail[trail.index(module) :]
+        if module in done:
+            return []
+        for name in sorted(graph.get(module, ())):
+            found = search(name, [*trail, module])
+            if found:
+                return found
+        done.add(module)
+        return []
+
+    return next(filter(None, (search(module, []) for module in sorted(graph))), [])
 
 
 @pytest.mark.parametrize("path", PY_FILES, ids=ids(PY_FILES))
-def test_python_imports_run_downwards(path: Path) -> None:
-    room = _room(path)
-    if room == "__init__":
-        return
-    assert room in FLOORS, f"{room} has no floor: add it to FLOORS where it belongs"
-    for name in _imports(path) & set(FLOORS):
-        if room in {"main", "demo", "model_sources"} or room == name:
-            assert FLOORS[name] <= FLOORS[room], f"{room} reaches up to {name}"
-        elif {room, name} in (
-            {"linear_layer", "replacement"},
-            {"linear_layer", "packed_layer"},
-            {"_native", "_torch_ops"},
-        ):
-            continue  # re-exported names, layers that become each other, two halves of one door
-        else:
-            assert FLOORS[name] < FLOORS[room], f"{room} reaches {name}, which is not below it"
+def test_no_import_runs_up(path: Path) -> None:
+    assert not ups(path)
+
+
+@pytest.mark.parametrize("path", PY_FILES, ids=ids(PY_FILES))
+def test_nothing_of_ours_is_imported_late(path: Path) -> None:
+    assert not late(path)
+
+
+def test_no_modules_import_each_other() -> None:
+    graph = {
+        _module_of(path): {name for name, _ in _imports(path)} - {_module_of(path)}
+        for path in PY_FILES
+    }
+    assert not circle(graph)
+
+
+def test_folders_can_be_taken_in_at_a_glance() -> None:
+    for folder in {path.parent for path in PY_FILES}:
+        files = crowd(folder)
+        assert len(files) <= MOST_FILES, (
+            f"{folder.name} has {len(files)} files: make a room of some"
+        )
+
+
+def crowd(folder: Path) -> list[Path]:
+    """The Python files of a folder."""
+    return sorted(folder.glob("*.py"))
+
+
+def test_faces_show_and_do_nothing() -> None:
+    for name in FACES:
+        tree = ast.parse((PACKAGE / f"{name}.py").read_text())
+        assert not [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef | ast.ClassDef)]
 
 
 def test_only_the_door_imports_the_extension() -> None:
     for path in PY_FILES:
-        if "_kernels" in _imports(path):
-            assert path.name in {"_native.py", "_torch_kernels.py", "runtime.py"}, path.name
+        if "_kernels" in {name for name, _ in _imports(path)}:
+            assert path.name in {"native.py", "torch_kernels.py", "runtime.py"}, path.name
+
+
+@pytest.mark.parametrize(
+    ("change", "rule"),
+    [
+        ("from quantization.swap import walker\n", ups),
+        ("def f():\n    from quantization.swap import walker\n", ups),
+        ("def f():\n    from quantization.ops import dtypes\n", late),
+        ("def f():\n    import_module('quantization.ops.dtypes')\n", late),
+    ],
+)
+def test_these_rules_find_what_breaks_them(change: str, rule: Any) -> None:
+    path = PACKAGE / "schemes/scheme.py"
+    assert not rule(path)
+    assert rule(path, path.read_text() + change)
+
+
+def test_a_circle_and_a_crowd_are_found(tmp_path: Path) -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c"]
+    assert not circle({"a": {"b", "c"}, "b": {"c"}})
+    for index in range(MOST_FILES + 1):
+        (tmp_path / f"file{index}.py").touch()
+    assert len(crowd(tmp_path)) > MOST_FILES
 
 
 @pytest.mark.parametrize(
@@ -206,10 +295,9 @@ def test_the_benchmarks_stand_outside() -> None:
     """They use the package as anyone may; the package knows nothing of them."""
     for path in BENCH_FILES:
         if path.suffix == ".py":
-            reached = _imports(path) & set(FLOORS)
-            assert reached <= {"model_sources", "quality", "demo"}, (
-                f"{path.name} reaches into {reached}"
-            )
+            reached = {name.split(".")[0] for name, _ in _imports(path)}
+            allowed = {"__init__", "demo", "checkpoint", "formats", *FACES}
+            assert reached <= allowed, f"{path.name} reaches into {reached - allowed}"
     for path in PY_FILES:
         assert "benchmarks" not in path.read_text(), f"{path.name} names the benchmarks"
 

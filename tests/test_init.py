@@ -26,12 +26,12 @@ sys.meta_path.insert(0, Block())
 
 NEED_TORCH = {
     "checkpoint",
-    "experts",
+    "swap.experts",
     "linear_layer",
-    "model_quantizer",
-    "packed_embedding",
-    "packed_layer",
-    "replacement",
+    "models.quantizer",
+    "layers.packed_embedding",
+    "layers.packed_layer",
+    "swap.replacement",
 }
 
 

@@ -9,8 +9,8 @@ import sys
 import numpy as np
 import pytest
 
-from quantization import linear
-from quantization.linear import quantized_forward
+from quantization.ops import linear
+from quantization.ops.linear import quantized_forward
 
 OUT, IN = 5, 7
 RNG = np.random.default_rng(0)

@@ -20,12 +20,13 @@ torch = pytest.importorskip("torch")
 from torch import nn
 from torch.nn import functional as F
 
-from quantization import linear_layer, target
+from quantization import linear_layer
 from quantization.linear_layer import (
     QWQALinearLayer,
     name_for_quantized_weight_buffer,
     replace_linear_layers_with_w8a16,
 )
+from quantization.swap import target
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -15,8 +15,8 @@ torch = pytest.importorskip("torch")
 import tiny_models
 
 import quantization
-from quantization import main as suite
-from quantization.model_download import cached
+from quantization.demo import suite as suite
+from quantization.demo.model_download import cached
 
 ROOT = Path(__file__).resolve().parent.parent
 SHORT = ["--tokens", "800", "--length", "5"]

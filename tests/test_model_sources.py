@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 
 import tiny_models
 
-from quantization import model_sources
-from quantization.model_download import cached
-from quantization.model_sources import ModelError, load_model
+from quantization.demo import model_sources
+from quantization.demo.model_download import cached
+from quantization.demo.model_sources import ModelError, load_model
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ torch = pytest.importorskip("torch")
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from quantization import module_walker
-from quantization.module_walker import (
+from quantization.swap import walker
+from quantization.swap.walker import (
     adapters,
     float_parts,
     is_conv1d,
@@ -27,7 +27,7 @@ from quantization.module_walker import (
 
 
 def test_examples_in_the_docstrings() -> None:
-    assert doctest.testmod(module_walker).failed == 0
+    assert doctest.testmod(walker).failed == 0
 
 
 # ---- walk ------------------------------------------------------------------------------------

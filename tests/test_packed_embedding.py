@@ -11,8 +11,9 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn
 
-from quantization import PackedEmbedding, PackedLinearLayer, pack_matrix, packed_rows
-from quantization.packed_weights import PackedWeights
+from quantization import PackedEmbedding, PackedLinearLayer, pack_matrix
+from quantization.ops import packed_rows
+from quantization.schemes.packed_weights import PackedWeights
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCHEMES = [

@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantization import PackedLinearLayer, QWQALinearLayer, Scheme, pack_matrix
-from quantization.packed_module import BUFFERS
-from quantization.packed_rows import decode_rows
+from quantization.layers.packed_module import BUFFERS
+from quantization.ops.packed_rows import decode_rows
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCHEMES = [

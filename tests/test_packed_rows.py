@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from quantization import Scheme, pack_matrix
-from quantization.packed_module import BUFFERS
-from quantization.packed_rows import TERNARY, decode_rows
+from quantization.layers.packed_module import BUFFERS
+from quantization.ops.packed_rows import TERNARY, decode_rows
 
 SIZES = [(1, 1), (3, 2), (2, 7), (5, 8), (4, 9), (3, 64), (2, 65), (7, 130)]
 SPANS = ["", "g1", "g3", "g8", "g64", "t"]

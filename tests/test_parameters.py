@@ -10,7 +10,6 @@ import pickle
 import numpy as np
 import pytest
 
-from quantization import parameters
 from quantization.linear_quantizer import (
     Granularity,
     Mode,
@@ -18,6 +17,7 @@ from quantization.linear_quantizer import (
     dequantize_linear,
     quantize_linear,
 )
+from quantization.numerics import parameters
 
 
 def matrix(rows: int = 6, cols: int = 8, dtype: str = "float32") -> np.ndarray:

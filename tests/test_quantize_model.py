@@ -24,7 +24,7 @@ from quantization import (
     quantize_model,
     replace_linear_layers_with_w8a16,
 )
-from quantization.quantized_module import QuantizedModule
+from quantization.layers.quantized_module import QuantizedModule
 
 
 @pytest.fixture(autouse=True)

@@ -17,13 +17,13 @@ torch = pytest.importorskip("torch")
 from torch import nn
 from torch.nn.utils import prune
 
-from quantization import conversion, replacement, report
 from quantization.linear_layer import (
     QWQALinearLayer,
     Target,
     replace_linear_layers_with_w8a16,
     target_class_from,
 )
+from quantization.swap import conversion, replacement, report
 
 TARGET = Target.Linear(QWQALinearLayer)
 

@@ -11,9 +11,9 @@ import re
 
 import pytest
 
-from quantization.granularity import Granularity
-from quantization.parameters import Mode
-from quantization.scheme import Scheme, scheme_of
+from quantization.numerics.granularity import Granularity
+from quantization.numerics.parameters import Mode
+from quantization.schemes.scheme import Scheme, scheme_of
 
 GROUP = Granularity.PerGroup
 TYPES = ("float32", "float64", "float16", "bfloat16")

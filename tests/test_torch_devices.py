@@ -11,14 +11,8 @@ torch = pytest.importorskip("torch")
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from quantization import (
-    PackedEmbedding,
-    PackedLinearLayer,
-    QWQALinearLayer,
-    _torch_checks,
-    _torch_devices,
-    quantize_model,
-)
+from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer, quantize_model
+from quantization.ops import torch_checks, torch_devices
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCHEMES = [
@@ -44,7 +38,7 @@ def arguments_of(layer: nn.Module) -> tuple[Any, ...]:
     tensors = [layer.packed_weights, layer.scales]
     present = 0
     optional = (layer.scale_steps, layer.zero_points, layer.codebook)
-    flags = (_torch_checks.HAS_STEPS, _torch_checks.HAS_ZEROS, _torch_checks.HAS_CODEBOOK)
+    flags = (torch_checks.HAS_STEPS, torch_checks.HAS_ZEROS, torch_checks.HAS_CODEBOOK)
     for tensor, flag in zip(optional, flags, strict=True):
         tensors.append(layer.scales if tensor is None else tensor)
         present |= 0 if tensor is None else flag
@@ -60,7 +54,7 @@ def forward(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype, where: Any) -
         return where.linear_bias(x, *tensors, layer.bias, dtype)
     bits, group, present = numbers
     bias = tensors[1] if layer.bias is None else layer.bias
-    present |= 0 if layer.bias is None else _torch_checks.HAS_BIAS
+    present |= 0 if layer.bias is None else torch_checks.HAS_BIAS
     return where.packed(x, *tensors, bias, bits, group, present, dtype)
 
 
@@ -106,7 +100,7 @@ def test_both_forms_give_the_product(scheme: str, bias: bool, dtype: torch.dtype
     exact, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     if bias:
         exact, size = exact + layer.bias.double(), size + layer.bias.double().abs()
-    for where in (_torch_devices, torch.ops.quantization):
+    for where in (torch_devices, torch.ops.quantization):
         y = forward(layer, x, dtype, where)
         assert y.dtype == dtype and y.shape == (2, 3, OUT)
         assert ((y.double() - exact).abs() <= allowed(IN, size, exact, dtype, dtype)).all()
@@ -118,7 +112,7 @@ def test_both_forms_give_the_gradient(scheme: str, dtype: torch.dtype) -> None:
     layer, grad = layer_of(scheme), torch.randn(2, 3, OUT).to(dtype)
     weight = layer.weight.double()
     exact, size = grad.double() @ weight, grad.double().abs() @ weight.abs()
-    for where in (_torch_devices, torch.ops.quantization):
+    for where in (torch_devices, torch.ops.quantization):
         grad_x = backward(layer, grad, dtype, where)
         assert grad_x.dtype == dtype and grad_x.shape == (2, 3, IN)
         assert ((grad_x.double() - exact).abs() <= allowed(OUT, size, exact, dtype, dtype)).all()
@@ -134,7 +128,7 @@ def test_results_of_another_type(scheme: str, dtype: torch.dtype, out_dtype: tor
         x.double().abs() @ layer.weight.double().abs().T,
     )
     exact, size = exact + layer.bias.double(), size + layer.bias.double().abs()
-    y = forward(layer, x, out_dtype, _torch_devices)
+    y = forward(layer, x, out_dtype, torch_devices)
     assert y.dtype == out_dtype
     assert ((y.double() - exact).abs() <= allowed(IN, size, exact, dtype, out_dtype)).all()
 
@@ -142,11 +136,11 @@ def test_results_of_another_type(scheme: str, dtype: torch.dtype, out_dtype: tor
 @pytest.mark.parametrize("scheme", ["rows", "w4g16a", "kmeans2r", "nf4", "w5g16a+dq"])
 def test_a_weight_is_made_in_blocks(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x, grad = layer_of(scheme), torch.randn(4, IN), torch.randn(4, OUT)
-    y = forward(layer, x, torch.float32, _torch_devices)
-    grad_x = backward(layer, grad, torch.float32, _torch_devices)
-    monkeypatch.setattr(_torch_devices, "_BLOCK", 5 * IN)
-    torch.testing.assert_close(forward(layer, x, torch.float32, _torch_devices), y)
-    torch.testing.assert_close(backward(layer, grad, torch.float32, _torch_devices), grad_x)
+    y = forward(layer, x, torch.float32, torch_devices)
+    grad_x = backward(layer, grad, torch.float32, torch_devices)
+    monkeypatch.setattr(torch_devices, "_BLOCK", 5 * IN)
+    torch.testing.assert_close(forward(layer, x, torch.float32, torch_devices), y)
+    torch.testing.assert_close(backward(layer, grad, torch.float32, torch_devices), grad_x)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 0, 3)])
@@ -164,7 +158,7 @@ def test_shapes_of_little_or_nothing(
             layer.scales = layer.scales[:, :0]
             layer.zero_points = None if layer.zero_points is None else layer.zero_points[:, :0]
     x, grad = torch.randn(*batch, cols), torch.randn(*batch, rows)
-    for where in (_torch_devices, torch.ops.quantization):
+    for where in (torch_devices, torch.ops.quantization):
         y = forward(layer, x, torch.float32, where)
         assert y.shape == (*batch, rows)
         if cols == 0:
@@ -174,11 +168,11 @@ def test_shapes_of_little_or_nothing(
 
 def test_autocast_does_not_change_a_result_that_was_asked_for() -> None:
     layer, x = layer_of("w4g16a"), torch.randn(4, IN)
-    y = forward(layer, x, torch.float32, _torch_devices)
-    grad_x = backward(layer, torch.ones(4, OUT), torch.float32, _torch_devices)
+    y = forward(layer, x, torch.float32, torch_devices)
+    grad_x = backward(layer, torch.ones(4, OUT), torch.float32, torch_devices)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(forward(layer, x, torch.float32, _torch_devices), y)
-        again = backward(layer, torch.ones(4, OUT), torch.float32, _torch_devices)
+        assert torch.equal(forward(layer, x, torch.float32, torch_devices), y)
+        again = backward(layer, torch.ones(4, OUT), torch.float32, torch_devices)
     assert torch.equal(again, grad_x)
 
 
@@ -199,7 +193,7 @@ def test_bad_arguments(scheme: str, change: dict[str, Any], message: str) -> Non
     layer.bias = change.get("bias", layer.bias)
     x, dtype = change.get("x", torch.ones(2, IN)), change.get("dtype", torch.float32)
     with pytest.raises(RuntimeError, match=message.replace("does not fit", "do(es)? not\\s+fit")):
-        forward(layer, x, dtype, _torch_devices)
+        forward(layer, x, dtype, torch_devices)
 
 
 # ---- where the dispatcher goes ---------------------------------------------------------------
@@ -243,7 +237,7 @@ def test_layers_on_fake_devices(kind: str, device: str, fake: FakeTensorMode) ->
     x = torch.empty(2, 3, IN, device=device)  # autograd aborts where torch lacks the device
     y = layer(x)
     assert (y.device.type, y.shape, y.dtype) == (device, (2, 3, OUT), torch.float32)
-    for where in (_torch_devices, torch.ops.quantization):  # no step of it leaves the device
+    for where in (torch_devices, torch.ops.quantization):  # no step of it leaves the device
         assert forward(layer, x, torch.float32, where).device.type == device
         grad_x = backward(layer, y, torch.float32, where)
         assert (grad_x.device.type, grad_x.shape) == (device, x.shape)

@@ -16,8 +16,8 @@ torch = pytest.importorskip("torch")
 
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from quantization import _torch_kernels, _torch_ops
-from quantization._torch_ops import linear
+from quantization.ops import torch_kernels, torch_ops
+from quantization.ops.torch_ops import linear
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -53,7 +53,7 @@ class Layer(torch.nn.Module):
         self.register_buffer("bias", BIAS if with_bias else None)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _torch_ops.linear(x, self.weights, self.scales, self.bias)
+        return torch_ops.linear(x, self.weights, self.scales, self.bias)
 
 
 # ---- values and shapes -------------------------------------------------------------------------
@@ -375,12 +375,12 @@ def test_a_torch_with_the_shim_gets_the_kernels_in_c() -> None:
     if os.environ.get("QUANTIZATION_TORCH_OPS"):
         pytest.skip("forced by QUANTIZATION_TORCH_OPS")
     expected = "c" if version >= (2, 10) else "python"
-    assert expected == _torch_kernels.KERNELS
+    assert expected == torch_kernels.KERNELS
 
 
 def test_an_unknown_choice_of_kernels_is_refused() -> None:
     done = subprocess.run(
-        [sys.executable, "-c", "from quantization import _torch_ops"],
+        [sys.executable, "-c", "from quantization.ops import torch_ops"],
         cwd=ROOT,
         env=os.environ | {"QUANTIZATION_TORCH_OPS": "rust"},
         capture_output=True,

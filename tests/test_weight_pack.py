@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantization import dtypes, packing
+from quantization.numerics import packing
+from quantization.ops import dtypes
 from quantization.weight_pack import (
     Packing,
     bit_shifts,

@@ -9,12 +9,12 @@ headers take, the kernels read the bits in place, and processes that load the sa
 pages. Nothing is pickled.
 """
 
+from quantization.checkpoint.disk.json_files import CheckpointError
 from quantization.checkpoint.reading import read_checkpoint, verify_checkpoint
+from quantization.checkpoint.restore import RestoreError
 from quantization.checkpoint.save_load import load_quantized, save_quantized
 from quantization.checkpoint.streaming import quantize_checkpoint
 from quantization.checkpoint.writing import write_checkpoint
-from quantization.json_files import CheckpointError
-from quantization.restore import RestoreError
 
 __all__ = [
     "CheckpointError",

@@ -11,20 +11,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from quantization.checkpoint.disk.json_files import CheckpointError, read_json
+from quantization.checkpoint.disk.safetensors_files import INDEX, TensorFolder
 from quantization.checkpoint.format import CONFIG
 from quantization.checkpoint.plain_config import ENTRY
 from quantization.checkpoint.skeleton import skeleton_of_config, skeleton_of_names
-from quantization.granularity import Granularity
-from quantization.json_files import CheckpointError, read_json
-from quantization.model_quantizer import quantize_model
-from quantization.module_walker import Pattern, Site, walk
-from quantization.packed_module import pack_as
-from quantization.packed_weights import PackedWeights
-from quantization.recipe import Recipe
-from quantization.report import ReplacementReport
-from quantization.safetensors_files import INDEX, TensorFolder
-from quantization.scheme import Scheme
-from quantization.stored_model import StoredLayer, StoredModel, key_of, saved_tensors, stored_model
+from quantization.checkpoint.stored_model import (
+    StoredLayer,
+    StoredModel,
+    key_of,
+    saved_tensors,
+    stored_model,
+)
+from quantization.layers.packed_module import pack_as
+from quantization.models.quantizer import quantize_model
+from quantization.models.recipe import Recipe
+from quantization.numerics.granularity import Granularity
+from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.scheme import Scheme
+from quantization.swap.report import ReplacementReport
+from quantization.swap.walker import Pattern, Site, walk
 
 __all__ = ["FloatSource", "assets_of", "open_source"]
 

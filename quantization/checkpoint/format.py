@@ -27,10 +27,10 @@ from typing import Any
 
 import torch
 
-from quantization.json_files import CheckpointError, parse_json
-from quantization.packed_weights import PackedWeights
-from quantization.scheme import Scheme
-from quantization.stored_model import KINDS, StoredLayer
+from quantization.checkpoint.disk.json_files import CheckpointError, parse_json
+from quantization.checkpoint.stored_model import KINDS, StoredLayer
+from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.scheme import Scheme
 
 __all__ = [
     "CONFIG",
@@ -106,7 +106,7 @@ class Document:
     Attributes:
         files: records of the safetensors files by name.
         layers: layers by dotted name; their weights are read by nobody yet (``load`` raises).
-        ties: as in :class:`quantization.stored_model.StoredModel`.
+        ties: as in :class:`quantization.checkpoint.stored_model.StoredModel`.
     """
 
     files: Mapping[str, FileRecord]
@@ -244,7 +244,7 @@ def parts_of(layer: StoredLayer) -> dict[str, tuple[str, tuple[int, ...]]]:
 
     Example:
         >>> from quantization import QWQALinearLayer
-        >>> from quantization.stored_model import stored_model
+        >>> from quantization.checkpoint.stored_model import stored_model
         >>> parts_of(stored_model(QWQALinearLayer(16, 32)).layers[""])
         {'int8_weights': ('int8', (32, 16)), 'scales': ('float32', (32,))}
     """

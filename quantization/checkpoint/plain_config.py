@@ -20,9 +20,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantization.checkpoint.format import HOW_TO_READ
-from quantization.recipe import W8A16
-from quantization.scheme import Scheme
-from quantization.stored_model import StoredModel
+from quantization.checkpoint.stored_model import StoredModel
+from quantization.models.recipe import W8A16
+from quantization.schemes.scheme import Scheme
 
 __all__ = [
     "ENTRY",
@@ -77,7 +77,7 @@ def entry_of(stored: StoredModel) -> dict[str, Any]:
     Example:
         >>> from torch import nn
         >>> from quantization import QWQALinearLayer
-        >>> from quantization.stored_model import stored_model
+        >>> from quantization.checkpoint.stored_model import stored_model
         >>> entry_of(stored_model(nn.Sequential(QWQALinearLayer(8, 8))))["layers"]
         {'0': 'w8a16'}
     """

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import torch
 
+from quantization.checkpoint.disk.files import member
+from quantization.checkpoint.disk.json_files import CheckpointError, read_json
+from quantization.checkpoint.disk.safetensors_files import INDEX, TensorFile
 from quantization.checkpoint.format import (
     CONFIG,
     FILE,
@@ -19,11 +22,8 @@ from quantization.checkpoint.format import (
     packed_of,
     parts_of,
 )
-from quantization.files import member
-from quantization.json_files import CheckpointError, read_json
-from quantization.packed_weights import PackedWeights
-from quantization.safetensors_files import INDEX, TensorFile
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
+from quantization.schemes.packed_weights import PackedWeights
 
 __all__ = ["check_hashes", "check_record", "read_checkpoint", "verify_checkpoint"]
 

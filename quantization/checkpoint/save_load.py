@@ -10,10 +10,10 @@ from torch import nn
 
 from quantization.checkpoint.format import CONFIG
 from quantization.checkpoint.reading import read_checkpoint
+from quantization.checkpoint.restore import restore_model
 from quantization.checkpoint.skeleton import skeleton_of_config
+from quantization.checkpoint.stored_model import stored_model, unwrapped
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, write_checkpoint
-from quantization.restore import restore_model
-from quantization.stored_model import stored_model, unwrapped
 
 __all__ = ["load_quantized", "save_quantized"]
 
@@ -87,8 +87,8 @@ def load_quantized(
     Args:
         folder: the folder.
         model: what to put the tensors in, float or quantized, of any dtype, also on meta: it is
-            changed in place, as :func:`quantization.restore.restore_model` says. None: the class
-            that ``config.json`` names is built; needs transformers.
+            changed in place, as :func:`quantization.checkpoint.restore.restore_model` says. None:
+            the class that ``config.json`` names is built; needs transformers.
         verify: check the hash of every tensor first, which reads all of them.
 
     Returns:

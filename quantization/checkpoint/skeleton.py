@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantization.extras import need
+from quantization.ops.extras import need
 
 __all__ = ["skeleton_of_config", "skeleton_of_names"]
 

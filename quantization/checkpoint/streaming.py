@@ -28,18 +28,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from quantization.checkpoint.disk.files import free_place, put_in_place, sync
+from quantization.checkpoint.disk.json_files import CheckpointError, read_json
+from quantization.checkpoint.disk.safetensors_files import TensorFile
 from quantization.checkpoint.float_source import FloatSource, open_source
 from quantization.checkpoint.format import VERSION, FileRecord
 from quantization.checkpoint.reading import check_hashes, check_record
 from quantization.checkpoint.unfinished import FILES, keep_only, partial_folder, unfinished
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, Shard, finish, plan_shards, write_shard
-from quantization.dtypes import index_of
-from quantization.files import free_place, put_in_place, sync
-from quantization.json_files import CheckpointError, read_json
-from quantization.module_walker import Pattern
-from quantization.recipe import Recipe
-from quantization.report import ReplacementReport
-from quantization.safetensors_files import TensorFile
+from quantization.models.recipe import Recipe
+from quantization.ops.dtypes import index_of
+from quantization.swap.report import ReplacementReport
+from quantization.swap.walker import Pattern
 
 __all__ = ["partial_folder", "quantize_checkpoint"]
 

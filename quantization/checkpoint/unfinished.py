@@ -11,8 +11,8 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantization.files import sync
-from quantization.json_files import CheckpointError, read_json
+from quantization.checkpoint.disk.files import sync
+from quantization.checkpoint.disk.json_files import CheckpointError, read_json
 
 __all__ = ["FILES", "keep_only", "partial_folder", "unfinished"]
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from quantization.checkpoint.disk.files import new_folder
+from quantization.checkpoint.disk.safetensors_files import INDEX, TensorWriter
 from quantization.checkpoint.format import (
     CONFIG,
     FILE,
@@ -19,11 +21,9 @@ from quantization.checkpoint.format import (
     tensors_of,
 )
 from quantization.checkpoint.plain_config import ENTRY, entry_of
-from quantization.dtypes import index_of
-from quantization.files import new_folder
-from quantization.quantized_module import placeholder
-from quantization.safetensors_files import INDEX, TensorWriter
-from quantization.stored_model import StoredModel, key_of, nbytes_of
+from quantization.checkpoint.stored_model import StoredModel, key_of, nbytes_of
+from quantization.layers.quantized_module import placeholder
+from quantization.ops.dtypes import index_of
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -66,7 +66,7 @@ def write_checkpoint(
     Layers are loaded one at a time, so that memory is that of the largest.
 
     Args:
-        stored: of a reader, or of :func:`quantization.stored_model.stored_model`.
+        stored: of a reader, or of :func:`quantization.checkpoint.stored_model.stored_model`.
         folder: as for :func:`save_quantized`.
         overwrite: as for :func:`save_quantized`.
         max_shard_bytes: as for :func:`save_quantized`.
@@ -79,7 +79,7 @@ def write_checkpoint(
     Example:
         >>> import tempfile
         >>> from torch import nn
-        >>> from quantization.stored_model import stored_model
+        >>> from quantization.checkpoint.stored_model import stored_model
         >>> with tempfile.TemporaryDirectory() as place:
         ...     write_checkpoint(stored_model(nn.Linear(4, 2)), f"{place}/model")
         ...     sorted(os.listdir(f"{place}/model"))
@@ -101,7 +101,7 @@ def plan_shards(stored: StoredModel, max_shard_bytes: int = MAX_SHARD_BYTES) -> 
 
     Example:
         >>> from torch import nn
-        >>> from quantization.stored_model import stored_model
+        >>> from quantization.checkpoint.stored_model import stored_model
         >>> [shard.name for shard in plan_shards(stored_model(nn.Linear(4, 2)), 32)]
         ['model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors']
     """

@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_suite or not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
         if arguments and not arguments[0].startswith("-") and not is_suite:
             _parser().parse_args(arguments)  # no such command: exits and says which there are
-        from quantization.main import main as suite
+        from quantization.demo.suite import main as suite
 
         return suite(arguments[is_suite:])
     options = _parser().parse_args(arguments)

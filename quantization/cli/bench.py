@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantization.stored_model import StoredLayer, StoredModel
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 
 __all__ = ["bench_layers"]
 
@@ -37,7 +37,7 @@ def bench_layers(
 
     Example:
         >>> from quantization import QWQALinearLayer
-        >>> from quantization.stored_model import stored_model
+        >>> from quantization.checkpoint.stored_model import stored_model
         >>> bench_layers(stored_model(QWQALinearLayer(64, 32)), [1])[0]["shape"]
         (32, 64)
     """

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from quantization import checkpoint
+from quantization.checkpoint.disk.safetensors_files import TensorFolder
 from quantization.checkpoint.float_source import open_source
 from quantization.checkpoint.format import FILE
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, nbytes_of
 from quantization.cli.bench import bench_layers
 from quantization.cli.output import Output
 from quantization.formats import FormatError, reader, writer
-from quantization.report import Candidate, ReplacementReport, size, table
-from quantization.safetensors_files import TensorFolder
-from quantization.stored_model import StoredLayer, StoredModel, nbytes_of
+from quantization.swap.report import Candidate, ReplacementReport, size, table
 
 __all__ = ["run"]
 
@@ -228,7 +228,7 @@ def _with_options(
 
 def _tokenizer(source: Path, place: Path, out: Output) -> tuple[Path, ...]:
     """The files of the tokenizer in a GGUF file, where transformers can make them."""
-    from quantization.formats.gguf import save_tokenizer
+    from quantization.formats.gguf.writer import save_tokenizer
 
     try:
         save_tokenizer(source, place)

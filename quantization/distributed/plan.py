@@ -16,7 +16,6 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from quantization.conversion import adopt, memory_of, weight_of
 from quantization.distributed.shares import group_of
 from quantization.distributed.styles import (
     ColwiseQuantized,
@@ -24,9 +23,10 @@ from quantization.distributed.styles import (
     RowwiseQuantized,
     SumsGradients,
 )
-from quantization.experts import UnfusedExperts
-from quantization.packed_embedding import PackedEmbedding
-from quantization.quantized_module import QuantizedLinear, QuantizedModule
+from quantization.layers.packed_embedding import PackedEmbedding
+from quantization.layers.quantized_module import QuantizedLinear, QuantizedModule
+from quantization.swap.conversion import adopt, memory_of, weight_of
+from quantization.swap.experts import UnfusedExperts
 
 __all__ = ["plan_of", "tensor_parallel"]
 

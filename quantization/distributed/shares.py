@@ -6,8 +6,9 @@ of the outputs: joined they are those of the whole layer, bit for bit. Along dim
 are those of the whole layer, but for rounding. The bias is in the first share alone.
 
 A share is made of the same kinds of tensors as the whole, by the layout that
-:mod:`quantization.packed_weights` tells: nothing is quantized anew, no code and no scale changes.
-Groups stay whole. Where the first code of a share does not begin a byte, its codes are packed anew.
+:mod:`quantization.schemes.packed_weights` tells: nothing is quantized anew, no code and no scale
+changes. Groups stay whole. Where the first code of a share does not begin a byte, its codes are
+packed anew.
 No process is needed here; :mod:`quantization.distributed.styles` brings shares to processes.
 """
 
@@ -19,15 +20,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantization.dtypes import index_of
-from quantization.linear_layer import QWQALinearLayer
-from quantization.packed_embedding import PackedEmbedding
-from quantization.packed_layer import PackedLinearLayer
-from quantization.packed_module import BUFFERS, PackedModule
-from quantization.packed_weights import PackedWeights
-from quantization.quantized_module import QuantizedModule
-from quantization.scheme import TERNARY_CODES, Scheme
-from quantization.weight_pack import pack_weights, unpack_weights
+from quantization.layers.int8_layer import QWQALinearLayer
+from quantization.layers.packed_embedding import PackedEmbedding
+from quantization.layers.packed_layer import PackedLinearLayer
+from quantization.layers.packed_module import BUFFERS, PackedModule
+from quantization.layers.quantized_module import QuantizedModule
+from quantization.numerics.weight_packing import pack_weights, unpack_weights
+from quantization.ops.dtypes import index_of
+from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.scheme import TERNARY_CODES, Scheme
 
 __all__ = ["EmbeddingShare", "bounds", "group_of", "shard", "why_whole"]
 

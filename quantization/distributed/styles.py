@@ -16,11 +16,11 @@ import torch
 from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from quantization import _torch_ops
 from quantization.distributed.collectives import Ranks, add_up, gather, with_summed_gradient
 from quantization.distributed.shares import EmbeddingShare, shard, share_bounds, why_whole
-from quantization.packed_embedding import PackedEmbedding
-from quantization.quantized_module import QuantizedModule
+from quantization.layers.packed_embedding import PackedEmbedding
+from quantization.layers.quantized_module import QuantizedModule
+from quantization.ops import torch_ops
 
 __all__ = ["ColwiseQuantized", "QuantizedStyle", "RowwiseQuantized", "SumsGradients"]
 
@@ -190,7 +190,7 @@ def _ask_for_wide_output(module: nn.Module, args: tuple, kwargs: dict) -> tuple[
 
 def _add_parts(module: nn.Module, args: tuple, output: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     total = add_up(output.to(_wide(output.dtype)), ranks)
-    return total.to(_torch_ops.output_dtype(args[0]))
+    return total.to(torch_ops.output_dtype(args[0]))
 
 
 def _add_rows(module: nn.Module, args: tuple, output: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.distributed.tensor.parallel import ParallelStyle
 
 from quantization.distributed.styles import RowwiseQuantized
-from quantization.quantized_module import QuantizedModule
+from quantization.layers.quantized_module import QuantizedModule
 
 __all__ = ["allowed_difference", "held_bytes"]
 

@@ -1,8 +1,8 @@
 """Formats of other programs: which there are, and what reads and writes them.
 
 A conversion is ``writer(b)(reader(a)(source), destination)``; what lies between is a
-:class:`quantization.stored_model.StoredModel`, whose tensors are read one at a time. It is lossless
-or refused with a :class:`FormatError` that says why.
+:class:`quantization.checkpoint.stored_model.StoredModel`, whose tensors are read one at a time. It
+is lossless or refused with a :class:`FormatError` that says why.
 """
 
 from __future__ import annotations

@@ -24,11 +24,11 @@ from functools import partial
 
 import torch
 
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
 from quantization.formats import FormatError
 from quantization.formats.columns import groups_of, layer_of, scales_of
 from quantization.formats.folders import Folder, open_folder
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
-from quantization.weight_pack import unpack_weights
+from quantization.numerics.weight_packing import unpack_weights
 
 __all__ = ["read_awq"]
 
@@ -49,7 +49,7 @@ def read_awq(folder: str | os.PathLike[str]) -> StoredModel:
 
     Raises:
         FileNotFoundError: if it is no folder, or has no safetensors files.
-        quantization.safetensors_files.CheckpointError: if a file is broken.
+        quantization.checkpoint.disk.safetensors_files.CheckpointError: if a file is broken.
         FormatError: for a tensor that is missing or of another form, another width than 4 bits and
             another version than ``gemm`` (gemv, marlin).
 

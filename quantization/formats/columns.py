@@ -6,12 +6,12 @@ from collections.abc import Callable
 
 import torch
 
-from quantization.dtypes import SOURCES
+from quantization.checkpoint.stored_model import StoredLayer, StoredTensor, key_of
 from quantization.formats.folders import Folder, granularity_of
 from quantization.formats.integers import Integers, packed_of
-from quantization.packed_weights import PackedWeights
-from quantization.scheme import Scheme
-from quantization.stored_model import StoredLayer, StoredTensor, key_of
+from quantization.ops.dtypes import SOURCES
+from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.scheme import Scheme
 
 __all__ = ["groups_of", "layer_of", "scales_of"]
 

@@ -30,9 +30,9 @@ from typing import Any
 
 import torch
 
+from quantization.checkpoint.disk.files import new_folder
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, plan_shards, write_beside, write_shard
-from quantization.dtypes import SOURCES
-from quantization.files import new_folder
 from quantization.formats import FormatError
 from quantization.formats.compressed_config import (
     METHOD,
@@ -58,12 +58,12 @@ from quantization.formats.integers import (
     why_not,
     width_of,
 )
-from quantization.granularity import Granularity
-from quantization.packed_weights import PackedWeights
-from quantization.parameters import Mode
-from quantization.scheme import Scheme
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
-from quantization.weight_pack import pack_weights, unpack_weights
+from quantization.numerics.granularity import Granularity
+from quantization.numerics.parameters import Mode
+from quantization.numerics.weight_packing import pack_weights, unpack_weights
+from quantization.ops.dtypes import SOURCES
+from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.scheme import Scheme
 
 __all__ = ["read_compressed_tensors", "write_compressed_tensors"]
 
@@ -89,7 +89,7 @@ def read_compressed_tensors(folder: str | os.PathLike[str]) -> StoredModel:
 
     Raises:
         FileNotFoundError: if it is no folder, or has no safetensors files.
-        quantization.safetensors_files.CheckpointError: if a file is broken.
+        quantization.checkpoint.disk.safetensors_files.CheckpointError: if a file is broken.
         FormatError: for a tensor that is missing or of another form, settings that are not
             understood, and columns in act-order; the message names the tensor.
 
@@ -255,7 +255,7 @@ def write_compressed_tensors(
     Example:
         >>> import tempfile
         >>> from quantization import quantize_model
-        >>> from quantization.stored_model import stored_model
+        >>> from quantization.checkpoint.stored_model import stored_model
         >>> model = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Linear(32, 8))
         >>> _ = quantize_model(model, {"0": "w4g32a", "1": "w8"})
         >>> with tempfile.TemporaryDirectory() as place:

@@ -9,18 +9,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quantization.checkpoint.disk.json_files import read_json
+from quantization.checkpoint.disk.safetensors_files import TensorFolder
 from quantization.checkpoint.float_source import assets_of
 from quantization.checkpoint.format import CONFIG
-from quantization.dtypes import SOURCES
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor
 from quantization.formats import FormatError
-from quantization.granularity import Granularity, PerGroup
-from quantization.json_files import read_json
-from quantization.packed_weights import PackedWeights
-from quantization.parameters import Mode
-from quantization.safetensors_files import TensorFolder
-from quantization.scheme import Scheme
-from quantization.scheme_rules import PER_ROW
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor
+from quantization.numerics.granularity import Granularity, PerGroup
+from quantization.numerics.parameters import Mode
+from quantization.ops.dtypes import SOURCES
+from quantization.schemes.checks import PER_ROW
+from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.scheme import Scheme
 
 __all__ = [
     "SETTINGS",
@@ -151,7 +151,7 @@ def open_folder(
 
     Raises:
         FileNotFoundError: if it is no folder, or has no safetensors files.
-        quantization.safetensors_files.CheckpointError: if a file is broken.
+        quantization.checkpoint.disk.safetensors_files.CheckpointError: if a file is broken.
         FormatError: if it is not quantized, by another method, or its files contradict each other.
     """
     path = Path(path)

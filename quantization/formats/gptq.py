@@ -30,12 +30,12 @@ from typing import Any
 
 import torch
 
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
 from quantization.formats import FormatError
 from quantization.formats.columns import groups_of, layer_of, scales_of
 from quantization.formats.folders import Folder, containers, is_named, open_folder
 from quantization.formats.integers import group_order
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
-from quantization.weight_pack import unpack_weights
+from quantization.numerics.weight_packing import unpack_weights
 
 __all__ = ["read_gptq"]
 
@@ -55,7 +55,7 @@ def read_gptq(folder: str | os.PathLike[str]) -> StoredModel:
 
     Raises:
         FileNotFoundError: if it is no folder, or has no safetensors files.
-        quantization.safetensors_files.CheckpointError: if a file is broken.
+        quantization.checkpoint.disk.safetensors_files.CheckpointError: if a file is broken.
         FormatError: for a tensor that is missing or of another form, for other widths and layouts
             (marlin, bitblas), for columns in act-order, and for zero points of version 1 that
             readers understand differently; the message names the tensor.

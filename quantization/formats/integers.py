@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 
 from quantization.formats import FormatError
-from quantization.packed_weights import PackedWeights
-from quantization.parameters import Mode
-from quantization.scheme import Scheme
-from quantization.stored_scales import restore
-from quantization.weight_pack import pack_weights, unpack_weights
+from quantization.numerics.parameters import Mode
+from quantization.numerics.weight_packing import pack_weights, unpack_weights
+from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.scheme import Scheme
+from quantization.schemes.stored_scales import restore
 
 __all__ = ["Integers", "group_order", "integers_of", "packed_of", "why_not", "width_of"]
 

@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from quantization import _native
-from quantization.files import new_file, new_folder
+from quantization.checkpoint.disk.files import new_file, new_folder
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, key_of, stored_model
 from quantization.formats import FormatError
 from quantization.formats.integers import Integers, integers_of, why_not, width_of
-from quantization.packed_weights import PackedWeights
-from quantization.parameters import Mode
-from quantization.quantized_module import QuantizedLinear
-from quantization.scheme import Scheme
-from quantization.stored_model import StoredLayer, StoredModel, key_of, stored_model
-from quantization.weight_pack import pack_weights
+from quantization.layers.quantized_module import QuantizedLinear
+from quantization.numerics.parameters import Mode
+from quantization.numerics.weight_packing import pack_weights
+from quantization.ops import native
+from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.scheme import Scheme
 
 __all__ = ["MatMulNBits", "export_layer_onnx", "matmul_nbits", "write_onnx"]
 
@@ -100,7 +100,7 @@ def matmul_nbits(packed: PackedWeights) -> MatMulNBits:
     if reason is not None:
         raise FormatError(f"MatMulNBits cannot hold the scheme {scheme}: {reason}")
     numbers = integers_of(packed, width_of(scheme, WIDTHS))
-    scales = _native.to_array(numbers.scales.double())
+    scales = native.to_array(numbers.scales.double())
     if not np.array_equal(scales.astype("float32").astype("float64"), scales, equal_nan=True):
         raise FormatError("MatMulNBits has float32 scales, which would round these of float64")
     block = _block(scheme, cols)
@@ -141,7 +141,7 @@ def _block(scheme: Scheme, cols: int) -> int:
 
 
 def _blob(numbers: Integers, block: int, blocks: int) -> np.ndarray:
-    data = _native.to_array(pack_weights(numbers.codes, numbers.bits, layout="dense", dim=1))
+    data = native.to_array(pack_weights(numbers.codes, numbers.bits, layout="dense", dim=1))
     size = block * numbers.bits // 8
     padded = np.zeros((len(data), blocks * size), "uint8")
     padded[:, : data.shape[1]] = data
@@ -150,8 +150,8 @@ def _blob(numbers: Integers, block: int, blocks: int) -> np.ndarray:
 
 def _stored_zeros(zeros: torch.Tensor, bits: int) -> np.ndarray:
     if zeros.is_floating_point():
-        return _native.to_array(zeros.float())
-    return _native.to_array(pack_weights(zeros, bits, layout="dense", dim=1))
+        return native.to_array(zeros.float())
+    return native.to_array(pack_weights(zeros, bits, layout="dense", dim=1))
 
 
 # ---- files -----------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def _model(name: str, layer: StoredLayer, bias: torch.Tensor | None) -> bytes:
     node = matmul_nbits(layer.load())
     constants: Mapping[str, Any] = node.inputs
     if bias is not None:
-        constants = {**constants, "bias": _native.to_array(bias.float())}
+        constants = {**constants, "bias": native.to_array(bias.float())}
     # A, B, scales, zero_points, g_idx, bias; what is left out has an empty name
     wanted = ("B", "scales", "zero_points", "g_idx", "bias")
     inputs = ["x", *(f"{name}.{part}" if part in constants else "" for part in wanted)]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantization.extras import need
+from quantization.ops.extras import need
 
 need("peft", "peft", "0.21")
 
@@ -30,8 +30,8 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
-from quantization.packed_embedding import PackedEmbedding
-from quantization.quantized_module import QuantizedLinear, QuantizedModule
+from quantization.layers.packed_embedding import PackedEmbedding
+from quantization.layers.quantized_module import QuantizedLinear, QuantizedModule
 
 __all__ = ["LAYERS", "QuantizedLoraEmbedding", "QuantizedLoraLinear"]
 

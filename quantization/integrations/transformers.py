@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-from quantization.extras import need
+from quantization.ops.extras import need
 
 need("transformers", "transformers", "5.22")
 
@@ -48,9 +48,9 @@ from quantization.integrations.transformers_stored import (
 )
 from quantization.integrations.transformers_ties import settle_ties
 from quantization.integrations.transformers_weights import FloatWeights
-from quantization.model_quantizer import dequantize_model, form_of
-from quantization.quantized_module import QuantizedModule
-from quantization.report import ReplacementReport
+from quantization.layers.quantized_module import QuantizedModule
+from quantization.models.quantizer import dequantize_model, form_of
+from quantization.swap.report import ReplacementReport
 
 __all__ = ["QuantizationConfig", "Quantizer", "follow"]
 

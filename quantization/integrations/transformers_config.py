@@ -20,13 +20,13 @@ from quantization.checkpoint.plain_config import (
     scheme_of_form,
     table_of,
 )
-from quantization.conversion import memory_of
-from quantization.experts import UnfusedExperts
-from quantization.model_quantizer import form_of, quantize_model
-from quantization.quantized_module import QuantizedModule
-from quantization.recipe import W8A16, Recipe, read_recipe
-from quantization.report import ReplacementReport
-from quantization.scheme import Scheme
+from quantization.layers.quantized_module import QuantizedModule
+from quantization.models.quantizer import form_of, quantize_model
+from quantization.models.recipe import W8A16, Recipe, read_recipe
+from quantization.schemes.scheme import Scheme
+from quantization.swap.conversion import memory_of
+from quantization.swap.experts import UnfusedExperts
+from quantization.swap.report import ReplacementReport
 
 __all__ = ["METHOD", "QuantizationConfig"]
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from transformers.modeling_utils import str_to_torch_dtype
 
-from quantization.experts import bare_experts, unfuse_experts
 from quantization.integrations.transformers_config import QuantizationConfig, rules_of
 from quantization.integrations.transformers_ties import share_tensors
-from quantization.model_quantizer import form_of, quantize_model
-from quantization.module_walker import walk
-from quantization.packed_module import PackedModule
-from quantization.quantized_module import QuantizedModule, check_incoming, placeholder
+from quantization.layers.packed_module import PackedModule
+from quantization.layers.quantized_module import QuantizedModule, check_incoming, placeholder
+from quantization.models.quantizer import form_of, quantize_model
+from quantization.swap.experts import bare_experts, unfuse_experts
+from quantization.swap.walker import walk
 
 __all__ = ["StoredWeights", "state_dict_of"]
 

@@ -12,9 +12,9 @@ from collections.abc import Mapping
 from torch import nn
 from transformers import PreTrainedModel
 
-from quantization.conversion import memory_of
-from quantization.module_walker import walk
-from quantization.quantized_module import QuantizedModule
+from quantization.layers.quantized_module import QuantizedModule
+from quantization.swap.conversion import memory_of
+from quantization.swap.walker import walk
 
 __all__ = ["settle_ties", "share_tensors", "tie_parameters"]
 

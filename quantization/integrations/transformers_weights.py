@@ -11,15 +11,15 @@ import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 
-from quantization.conversion import Maker, convert
-from quantization.experts import UnfusedExperts, unfuse_experts
 from quantization.integrations.transformers_config import QuantizationConfig, rules_of
 from quantization.integrations.transformers_ties import tie_parameters
-from quantization.model_quantizer import form_of, make_layer, quantize_model
-from quantization.module_walker import walk
-from quantization.quantized_module import QuantizedModule
-from quantization.report import ReplacementReport
-from quantization.swap import assign, stores_of
+from quantization.layers.quantized_module import QuantizedModule
+from quantization.models.quantizer import form_of, make_layer, quantize_model
+from quantization.swap.conversion import Maker, convert
+from quantization.swap.engine import assign, stores_of
+from quantization.swap.experts import UnfusedExperts, unfuse_experts
+from quantization.swap.report import ReplacementReport
+from quantization.swap.walker import walk
 
 __all__ = ["FloatWeights"]
 

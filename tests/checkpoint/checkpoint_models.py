@@ -12,12 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from quantization import (
-    QWQALinearLayer,
-    Target,
-    quantize_model,
-    replace_linear_layers_with_w8a16,
-)
+from quantization import QWQALinearLayer, Target, quantize_model, replace_linear_layers_with_w8a16
 
 #: A scheme of each grid, layout and kind of scale.
 SCHEMES = (

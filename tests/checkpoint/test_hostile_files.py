@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from quantization import load_quantized, quantize_checkpoint, save_quantized
 from quantization.checkpoint import CheckpointError, verify_checkpoint
-from quantization.safetensors_files import TensorFolder, TensorWriter, read_header
+from quantization.checkpoint.disk.safetensors_files import TensorFolder, TensorWriter, read_header
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"\0" * 16, length: int | None = None) -> Path:

@@ -21,9 +21,9 @@ from torch import nn
 
 from quantization import load_quantized, quantize_checkpoint, quantize_model, save_quantized
 from quantization.checkpoint import streaming
+from quantization.checkpoint.disk.files import new_folder
+from quantization.checkpoint.disk.json_files import CheckpointError, parse_json
 from quantization.checkpoint.float_source import open_source
-from quantization.files import new_folder
-from quantization.json_files import CheckpointError, parse_json
 
 # ---- sources ---------------------------------------------------------------------------------
 
@@ -95,7 +95,7 @@ def test_a_destination_that_holds_the_source_is_refused(tmp_path: Path) -> None:
 
 KILLED_AFTER_EXCHANGE = """
 import os, sys
-import quantization.files as files
+import quantization.checkpoint.disk.files as files
 from quantization import quantize_checkpoint
 exchange = files._exchange
 files._exchange = lambda a, b: (exchange(a, b), os._exit(9))
@@ -379,7 +379,7 @@ def test_the_current_directory_is_no_destination(place: str, tmp_path: Path, mon
 def test_where_names_cannot_be_exchanged_a_folder_is_replaced_in_two_steps(
     tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("quantization.files._exchange", lambda a, b: False)
+    monkeypatch.setattr("quantization.checkpoint.disk.files._exchange", lambda a, b: False)
     rename, fails_at = Path.rename, [0]
 
     def failing(self: Path, target: Path) -> Path:

@@ -33,9 +33,9 @@ from quantization import (
     save_quantized,
 )
 from quantization.checkpoint import read_checkpoint, verify_checkpoint, write_checkpoint
+from quantization.checkpoint.restore import RestoreError, restore_model
+from quantization.checkpoint.stored_model import stored_model
 from quantization.checkpoint.writing import write_shard
-from quantization.restore import RestoreError, restore_model
-from quantization.stored_model import stored_model
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer
 from quantization.distributed import EmbeddingShare, bounds, shard
-from quantization.packed_module import BUFFERS
+from quantization.layers.packed_module import BUFFERS
 
 EPSILON = 2.0**-24
 SCHEMES = [

@@ -13,7 +13,7 @@ if not torch.distributed.is_available() or not torch.distributed.is_gloo_availab
 
 from launch import ROOT, failures, names_of_checks, torchrun
 
-from quantization.model_download import cached
+from quantization.demo.model_download import cached
 
 SCRIPT = Path(__file__).with_name("shared_checks.py")
 EXAMPLE = ROOT / "examples" / "tensor_parallel.py"

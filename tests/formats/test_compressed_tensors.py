@@ -25,15 +25,20 @@ from quantization import (
     quantize_model,
     replace_linear_layers_with_w8a16,
 )
+from quantization.checkpoint.disk.json_files import CheckpointError
+from quantization.checkpoint.restore import restore_model
+from quantization.checkpoint.stored_model import (
+    StoredLayer,
+    StoredModel,
+    StoredTensor,
+    stored_model,
+)
 from quantization.formats import FormatError
 from quantization.formats.compressed_tensors import (
     read_compressed_tensors,
     write_compressed_tensors,
 )
 from quantization.formats.folders import containers
-from quantization.json_files import CheckpointError
-from quantization.restore import restore_model
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, stored_model
 
 PARTS = ("packed_weights", "scales", "zero_points")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -272,7 +277,7 @@ def test_layers_are_read_one_at_a_time(tmp_path: Path, rng: np.random.Generator)
 def test_reading_touches_no_weights(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantization.safetensors_files import TensorFile
+    from quantization.checkpoint.disk.safetensors_files import TensorFile
 
     layers = {name: packed_of(rng, "w4g32a", 8, 64, torch.float32) for name in "ab"}
     write_compressed_tensors(stored_of(layers), tmp_path / "a")

@@ -10,6 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from quantization import Mode, Scheme, pack_matrix, quantize_model
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, stored_model
 from quantization.formats import FORMATS, FormatError, reader, writer
 from quantization.formats.integers import (
     Integers,
@@ -19,7 +20,6 @@ from quantization.formats.integers import (
     why_not,
     width_of,
 )
-from quantization.stored_model import StoredLayer, StoredModel, stored_model
 
 WHOLE = [
     *(f"w{bits}{span}{mode}" for bits in range(1, 9) for span in ("", "t", "g7") for mode in "sa"),

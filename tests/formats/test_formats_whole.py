@@ -14,12 +14,12 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from quantization import pack_matrix, quantize_model
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, stored_model
+from quantization.demo.model_download import cached
 from quantization.formats.compressed_tensors import (
     read_compressed_tensors,
     write_compressed_tensors,
 )
-from quantization.model_download import cached
-from quantization.stored_model import StoredLayer, StoredModel, stored_model
 
 
 def test_a_real_model_answers_the_same_in_transformers(tmp_path: Path) -> None:
@@ -27,7 +27,7 @@ def test_a_real_model_answers_the_same_in_transformers(tmp_path: Path) -> None:
     pytest.importorskip("compressed_tensors")
     if not cached("smollm2").is_dir() and not os.environ.get("QUANTIZATION_TEST_MODELS"):
         pytest.skip("smollm2 is not in the cache; QUANTIZATION_TEST_MODELS=1 downloads it")
-    from quantization.model_sources import load_model
+    from quantization.demo.model_sources import load_model
 
     loaded = load_model("smollm2")
     quantize_model(loaded.model, "w4g32", exclude=["lm_head"])

@@ -9,11 +9,12 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 
 from quantization import PackedLinearLayer, pack_matrix
-from quantization.formats import FormatError, gguf_packed
-from quantization.formats.gguf_blocks import TYPES
-from quantization.formats.gguf_packed import blocks_of, packed_of
-from quantization.formats.gguf_types import type_for
-from quantization.scheme import Scheme
+from quantization.formats import FormatError
+from quantization.formats.gguf import packed
+from quantization.formats.gguf.blocks import TYPES
+from quantization.formats.gguf.packed import blocks_of, packed_of
+from quantization.formats.gguf.types import type_for
+from quantization.schemes.scheme import Scheme
 
 # Where a block has its float16 numbers.
 HALVES = {
@@ -259,7 +260,7 @@ def test_zero_points_beyond_float16() -> None:
 def test_rows_are_taken_some_at_a_time(name: str, rng, monkeypatch: pytest.MonkeyPatch) -> None:
     data = gguf.quantize(random_weights(rng), kind_of(name))
     whole = packed_of(data, TYPES[name], "w")
-    monkeypatch.setattr(gguf_packed, "_AT_ONCE", 1536)  # three rows
+    monkeypatch.setattr(packed, "_AT_ONCE", 1536)  # three rows
     parts = packed_of(data, TYPES[name], "w")
     assert torch.equal(parts.packed_weights, whole.packed_weights)
     assert torch.equal(parts.scales, whole.scales)

@@ -13,9 +13,9 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 
 from quantization import pack_matrix
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor
 from quantization.formats import FormatError
 from quantization.formats.gguf import read_gguf, write_gguf
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor
 
 
 @pytest.fixture(scope="module")

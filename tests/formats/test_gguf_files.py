@@ -25,11 +25,16 @@ from quantization import (
     quantize_model,
     replace_linear_layers_with_w8a16,
 )
-from quantization.formats import FormatError, gguf_reader
-from quantization.formats.gguf import read_gguf, write_gguf
-from quantization.formats.gguf_header import read_header
-from quantization.restore import restore_model
-from quantization.stored_model import StoredLayer, StoredModel, StoredTensor, stored_model
+from quantization.checkpoint.restore import restore_model
+from quantization.checkpoint.stored_model import (
+    StoredLayer,
+    StoredModel,
+    StoredTensor,
+    stored_model,
+)
+from quantization.formats import FormatError
+from quantization.formats.gguf import read_gguf, reader, write_gguf
+from quantization.formats.gguf.header import read_header
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "gguf_roundtrip.py"
 
@@ -261,7 +266,7 @@ def test_wrong_arguments(tmp_path: Path) -> None:
         read_gguf(tmp_path / "absent.gguf", dtype="int8")
     with pytest.raises(ValueError, match="names no scheme"):
         read_gguf(tmp_path / "absent.gguf", fallback="w99x")
-    assert gguf_reader.PLAIN == "plain"
+    assert reader.PLAIN == "plain"
 
 
 def test_the_example_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:

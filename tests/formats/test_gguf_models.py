@@ -25,14 +25,14 @@ from quantization import (
     quantize_model,
     save_quantized,
 )
+from quantization.checkpoint.restore import restore_model
+from quantization.checkpoint.stored_model import StoredModel, stored_model
 from quantization.cli import main
+from quantization.demo.model_download import WHEEL_MODELS, cached, fetch
 from quantization.formats import FormatError
 from quantization.formats.gguf import read_gguf, save_tokenizer, write_gguf
-from quantization.formats.gguf_blocks import TYPES
-from quantization.formats.gguf_header import read_header
-from quantization.model_download import WHEEL_MODELS, cached, fetch
-from quantization.restore import restore_model
-from quantization.stored_model import StoredModel, stored_model
+from quantization.formats.gguf.blocks import TYPES
+from quantization.formats.gguf.header import read_header
 
 SIZES = {
     "vocab_size": 96,

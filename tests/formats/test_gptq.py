@@ -16,11 +16,11 @@ pytest.importorskip("safetensors")
 from foreign_oracle import gptq_tensors, numbers, write_folder
 
 from quantization import Mode, Scheme, quantize_model
+from quantization.checkpoint.disk.json_files import CheckpointError
+from quantization.checkpoint.restore import restore_model
+from quantization.checkpoint.stored_model import StoredModel
 from quantization.formats import FormatError
 from quantization.formats.gptq import read_gptq
-from quantization.json_files import CheckpointError
-from quantization.restore import restore_model
-from quantization.stored_model import StoredModel
 
 SETTINGS = {"bits": 4, "group_size": 32, "quant_method": "gptq", "checkpoint_format": "gptq"}
 
@@ -182,7 +182,7 @@ def test_a_model_gets_its_layers_and_other_tensors(
 def test_weights_are_read_when_asked_for(
     tmp_path: Path, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from quantization.safetensors_files import TensorFile
+    from quantization.checkpoint.disk.safetensors_files import TensorFile
 
     read: list[str] = []
     tensor = TensorFile.tensor
@@ -282,8 +282,8 @@ def test_numbers_agree_with_an_own_layer_of_that_scheme(
     tmp_path: Path, rng: np.random.Generator
 ) -> None:
     """What a model quantized here stores under GPTQ's names is read back as the same bytes."""
+    from quantization.checkpoint.stored_model import stored_model
     from quantization.formats.integers import integers_of
-    from quantization.stored_model import stored_model
 
     model = torch.nn.Sequential(torch.nn.Linear(96, 64, bias=False))
     quantize_model(model, "w4g32a")

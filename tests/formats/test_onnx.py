@@ -14,9 +14,9 @@ torch = pytest.importorskip("torch")
 from foreign_oracle import matmul_nbits_numbers
 
 from quantization import PackedLinearLayer, QWQALinearLayer, pack_matrix, quantize_model
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, stored_model
 from quantization.formats import FormatError
 from quantization.formats.onnx import export_layer_onnx, matmul_nbits, write_onnx
-from quantization.stored_model import StoredLayer, StoredModel, stored_model
 
 EPS = 2.0**-24
 SCHEMES = [

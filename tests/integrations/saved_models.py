@@ -9,7 +9,7 @@ import tiny_models
 import torch
 from torch import nn
 
-from quantization.quantized_module import QuantizedModule
+from quantization.layers.quantized_module import QuantizedModule
 
 KINDS = ["llama", "tied", "gpt2", "bert", "t5", "mixtral"]
 

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from quantization import integrations, quantize_model
-from quantization.extras import need
+from quantization.ops.extras import need
 
 
 @pytest.mark.parametrize(

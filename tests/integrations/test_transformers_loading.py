@@ -23,10 +23,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from quantization import PackedEmbedding, PackedLinearLayer, quantize_model, unfuse_experts
+from quantization.demo.model_download import cached
+from quantization.demo.model_sources import load_model
 from quantization.integrations.transformers import QuantizationConfig
 from quantization.integrations.transformers_weights import FloatWeights
-from quantization.model_download import cached
-from quantization.model_sources import load_model
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

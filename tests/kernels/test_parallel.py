@@ -36,7 +36,7 @@ def linear(scale=0.01, x=x):
 
 IMPORT_TORCH = """
 import torch
-from quantization import _torch_ops
+from quantization.ops import torch_ops
 torch.set_num_threads(2)
 """
 

@@ -1,0 +1,1 @@
+"""Files whole or not at all, JSON, safetensors: what knows disks and nothing of layers."""

@@ -1,0 +1,1 @@
+"""Modules that keep their weight as codes: int8, packed, embedding, and what they share."""

@@ -1,0 +1,1 @@
+"""A whole model quantized by a recipe."""

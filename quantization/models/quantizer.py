@@ -1,0 +1,297 @@
+"""Quantize the layers of a model by a recipe, and bring them back to float: whole or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from quantization.layers.int8_layer import QWQALinearLayer
+from quantization.layers.packed_embedding import PackedEmbedding
+from quantization.layers.packed_layer import PackedLinearLayer
+from quantization.layers.quantized_module import QuantizedModule
+from quantization.models.recipe import W8A16, Recipe, Rule, Rules, converts_quantized
+from quantization.schemes.scheme import Scheme
+from quantization.swap import walker
+from quantization.swap.conversion import memory_of, weight_of
+from quantization.swap.engine import Layer, swap
+from quantization.swap.experts import bare_experts, left_experts
+from quantization.swap.report import ReplacementReport
+from quantization.swap.walker import Pattern, Site
+
+__all__ = ["dequantize_model", "form_of", "make_layer", "quantize_model"]
+
+
+def quantize_model(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    exclude: Pattern | Iterable[Pattern] = (),
+    strict: bool = False,
+    untie: bool = False,
+    nonfinite: str = "raise",
+) -> ReplacementReport:
+    """Put packed layers in the place of a model's layers, in place, each by the scheme of its rule.
+
+    Linear layers: modules of exactly the type nn.Linear, and transformers' Conv1D. Which others
+    are left and why, what is carried over and what shared modules become is as
+    :func:`quantization.replace_linear_layers_with_w8a16` has it, and the report says it all.
+
+    Embeddings: those that a rule names, by a pattern that matches the embedding itself, or by the
+    type nn.Embedding; a pattern of what holds them, or ``"*"``, does not. A head that is tied to
+    its embedding shares its codes if both have the same scheme; if only one of them is to be
+    quantized, it is left and stays tied.
+
+    Quantized layers, int8 ones included, stay as they are, so a second call changes nothing; a rule
+    for their type asks for another scheme: ``{PackedLinearLayer: "w4g64a"}``.
+
+    Bare Parameters of three dimensions (the fused experts of transformers' mixtures) are reported
+    as left; :func:`quantization.unfuse_experts` makes linear layers of those it knows.
+
+    On any error, an interrupt included, the model is exactly as it was.
+
+    Args:
+        model: the model, on any device including meta. If it is itself a layer, it has no parent to
+            change: ``report.model`` is the new layer.
+        recipe: a :class:`quantization.Scheme` or its short name, for all linear layers; or ordered
+            rules ``{pattern: scheme or None}``, of which a layer follows the first that matches it
+            or something that holds it. ``"w8a16"`` in the place of a scheme makes int8 layers,
+            :class:`quantization.QWQALinearLayer`. None leaves a layer in float; one that no rule
+            matches is left and reported. Patterns are child names (``"lm_head"``), dotted names,
+            globs, ``"re:..."`` (searched for in the dotted name), module types, predicates(dotted
+            name, module).
+        exclude: patterns of what to leave in float before any rule is looked at.
+        strict: raise if a layer would be left that neither a pattern excludes nor a rule with None.
+        untie: quantize also a layer that shares its weight with a tensor that stays in float. The
+            model then grows by the codes.
+        nonfinite: ``"raise"``, or ``"mark"``: a group with a NaN or infinity becomes NaN.
+
+    Returns:
+        A report of every layer: its scheme and bits a weight, or why it was left; bytes before and
+        after.
+
+    Raises:
+        TypeError: if ``model`` is no nn.Module, or the recipe or a pattern is of a wrong kind.
+        ValueError: if a pattern matches no module (with the nearest names), the recipe has no
+            rules, a name is that of no scheme, a weight holds a NaN or infinity (with its name and
+            index), or, with ``strict``, a layer would be left.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8), nn.Linear(8, 8))
+        >>> quantize_model(model, {"2": "w8", "3": None, "*": "w4g32a"})
+        ReplacementReport by quantize_model: 2 of 3 layers replaced, 1 excluded
+          layer  scheme  bits  out x in   before   after  what
+          0      w4g32a  5.12   64 x 64  16.6 kB  2.9 kB  replaced
+          2          w8  8.50    8 x 64   2.1 kB   576 B  replaced
+          3                       8 x 8    288 B   288 B  excluded: by the rule '3'
+        replaced layers: 18.7 kB -> 3.5 kB (0.185x)
+        whole model: 19.0 kB -> 3.7 kB; 97.0% of its parameters are quantized weights, 5.50 bits \
+each
+        biggest tensors left in float: 0.bias [64] float32 256 B, 3.weight [8, 8] float32 256 B, \
+2.bias [8] float32 32 B
+    """
+    _check_model(model)
+    sites = list(walker.walk(model))
+    rules = Rules(recipe, sites)
+    layers = _find(sites, rules, walker.match_patterns(sites, exclude), nonfinite)
+    return swap(
+        sites,
+        layers,
+        QuantizedModule,
+        strict=strict,
+        untie=untie,
+        noun="layers",
+        caller="quantize_model",
+    )
+
+
+def dequantize_model(model: nn.Module) -> ReplacementReport:
+    """Make float layers of a model's quantized ones, in place: all of them or none.
+
+    Packed and int8 linear layers become nn.Linear, packed embeddings nn.Embedding, of the numbers
+    that their codes stand for and of their dtype. Hooks, the training flag and attributes are
+    carried over, what is shared stays shared, and layers that share codes come to share a
+    Parameter. What was lost by quantizing stays lost. A layer that came from transformers' Conv1D
+    becomes an nn.Linear too; an nn.TransformerEncoderLayer goes on without its fast path.
+
+    Args:
+        model: the model. If it is itself a layer, ``report.model`` is the new one.
+
+    Returns:
+        A report of every layer that was quantized. Its candidates are float now, so their bytes
+        after are more than before.
+
+    Raises:
+        TypeError: if ``model`` is no nn.Module.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(64, 64), nn.Embedding(16, 64))
+        >>> _ = quantize_model(model, {"0": "w4g64a", nn.Embedding: "w8"})
+        >>> len(dequantize_model(model).replaced), model
+        (2, Sequential(
+          (0): Linear(in_features=64, out_features=64, bias=True)
+          (1): Embedding(16, 64)
+        ))
+    """
+    _check_model(model)
+    sites = list(walker.walk(model))
+    layers: dict[int, Layer] = {}
+    for site in sites:
+        if id(site.module) in layers:
+            layers[id(site.module)].names.append(site.name)
+        elif isinstance(site.module, QuantizedModule):
+            was = getattr(site.module, "scheme", "int8")
+            layers[id(site.module)] = Layer(
+                site.module, [site.name], reason=f"was {was}", make=_dequantized
+            )
+    found = list(layers.values())
+    return swap(sites, found, QuantizedModule, noun="quantized layers", caller="dequantize_model")
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"expected a model (a torch.nn.Module instance), not {model!r:.60}")
+
+
+def _dequantized(old: Any, name: str) -> nn.Module:
+    return old.dequantize()
+
+
+# ---- what becomes of each layer --------------------------------------------------------------
+
+_SPOKEN_OF = (QuantizedModule, nn.Embedding)
+
+
+def _find(sites: list[Site], rules: Rules, excluded: dict[int, str], nonfinite: str) -> list[Layer]:
+    """Every layer that the report is to speak of once, in the order of the model."""
+    adapters = walker.adapters(sites)
+    bare = bare_experts(sites)
+    layers: dict[tuple[int, str], Layer] = {}
+    for site in sites:
+        module, key = site.module, (id(site.module), "")
+        for parameter in bare.get(id(module), ()):
+            own = (id(module), parameter)
+            layers.setdefault(own, Layer(module, [], "left", parameter=parameter))
+            layers[own].names.append(f"{site.name}.{parameter}" if site.name else parameter)
+        if key in layers:
+            layers[key].names.append(site.name)
+        elif isinstance(module, _SPOKEN_OF) or walker.looks_linear(module):
+            layer = Layer(module, [site.name])
+            if _decide(layer, rules, excluded, adapters, nonfinite):
+                layers[key] = layer
+    found = list(layers.values())
+    left_experts(found, sites)
+    _decide_experts(found, rules, excluded)
+    _tell_of_parted_ties(found)
+    return found
+
+
+def _decide(
+    layer: Layer,
+    rules: Rules,
+    excluded: dict[int, str],
+    adapters: dict[int, str],
+    nonfinite: str,
+) -> bool:
+    """What becomes of a layer and why; False where there is nothing to say of it."""
+    module = layer.module
+    is_embedding = isinstance(module, nn.Embedding)
+    rule = rules.for_embedding(module) if is_embedding else rules.for_linear(module)
+    if isinstance(module, QuantizedModule):
+        _decide_quantized(layer, module, rule)
+    elif is_embedding and rule is None:
+        return False
+    elif id(module) in excluded:
+        layer.status, layer.reason = "excluded", f"by {excluded[id(module)]}"
+    elif rule is not None and rule.scheme is None:
+        layer.status, layer.reason = "excluded", f"by the rule {rule}"
+    else:
+        why_left = walker.why_embedding_left if is_embedding else walker.why_left
+        reason = adapters.get(id(module)) or why_left(module)
+        if rule is None:
+            reason = reason or "no rule of the recipe matches it"
+        layer.status, layer.reason = ("left", reason) if reason else ("replaced", "")
+    if layer.status == "replaced":
+        if is_embedding and rule.scheme == W8A16:
+            raise ValueError(
+                f"the rule {rule} matches the embedding {layer.names[0]}, and {W8A16} is a linear "
+                "layer: give embeddings a scheme, such as 'w8'"
+            )
+        layer.make = partial(make_layer, scheme=rule.scheme, nonfinite=nonfinite)
+    return True
+
+
+def _decide_quantized(layer: Layer, module: QuantizedModule, rule: Rule | None) -> None:
+    """A layer that is quantized already stays, unless a rule asks for layers of its type."""
+    form = form_of(module)
+    wanted = form if rule is None or rule.scheme is None else rule.scheme
+    if wanted != form and converts_quantized(rule):
+        return
+    layer.status = "already"
+    if wanted != form:
+        layer.reason = f"a rule for the type {type(module).__name__} would make it {wanted}"
+
+
+def _decide_experts(layers: list[Layer], rules: Rules, excluded: dict[int, str]) -> None:
+    """Bare Parameters are left, or excluded as the module that holds them is."""
+    for layer in layers:
+        if not layer.parameter:
+            continue
+        rule = rules.for_linear(layer.module)
+        if id(layer.module) in excluded:
+            layer.status, layer.reason = "excluded", f"by {excluded[id(layer.module)]}"
+        elif rule is not None and rule.scheme is None:
+            layer.status, layer.reason = "excluded", f"by the rule {rule}"
+
+
+def make_layer(
+    old: nn.Module, name: str, *, scheme: Scheme | str, nonfinite: str = "raise"
+) -> nn.Module:
+    """What a layer becomes under a scheme; it is left as it is.
+
+    Args:
+        old: a linear layer, an embedding, or a quantized one.
+        name: what error messages call its weight.
+        scheme: a Scheme, or :data:`quantization.models.recipe.W8A16` for the int8 layer.
+        nonfinite: as for :func:`quantize_model`.
+
+    Raises:
+        TypeError, ValueError: if it cannot become that; the message says why.
+
+    Example:
+        >>> make_layer(nn.Linear(64, 8), "weight", scheme="w8a16").in_features
+        64
+    """
+    if scheme == W8A16:
+        if isinstance(old, PackedLinearLayer):
+            return old.to_int8()
+        return QWQALinearLayer.from_float(old, nonfinite=nonfinite, name=name)
+    if isinstance(old, QuantizedModule):
+        return old.to_scheme(scheme)
+    cls = PackedEmbedding if isinstance(old, nn.Embedding) else PackedLinearLayer
+    return cls.from_float(old, scheme, nonfinite=nonfinite, name=name)
+
+
+def form_of(layer: QuantizedModule) -> Scheme | str | None:
+    """What a rule says for such a layer: its scheme, or ``"w8a16"`` for the int8 layer.
+
+    Example:
+        >>> form_of(QWQALinearLayer(64, 8))
+        'w8a16'
+    """
+    return W8A16 if isinstance(layer, QWQALinearLayer) else getattr(layer, "scheme", None)
+
+
+def _tell_of_parted_ties(layers: list[Layer]) -> None:
+    """Say where layers of one weight get codes of their own, as their schemes differ."""
+    firsts: dict[Any, Layer] = {}
+    for layer in layers:
+        weight = weight_of(layer.module) if layer.status == "replaced" else None
+        if weight is None:
+            continue
+        first = firsts.setdefault(memory_of(weight), layer)
+        mine, theirs = layer.make.keywords["scheme"], first.make.keywords["scheme"]
+        if mine != theirs:
+            layer.reason = f"untied from {first.names[0]}, which becomes {theirs}"

@@ -1,0 +1,279 @@
+"""The linear maps of quantized weights as torch functions: derivatives, autocast, fx.
+
+``linear`` has int8 weights with a scale a row, ``packed_linear`` weights of any width in groups.
+Both are one native call on the CPU (:mod:`quantization.ops.torch_kernels` has the operators), and
+plain torch on other devices (:mod:`quantization.ops.torch_devices`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+from quantization.ops import torch_kernels as kernels
+
+# ---- derivatives -----------------------------------------------------------------------------
+#
+# Quantized weights are `tensors`, and two numbers that say how to read them: for int8 rows
+# (weights, scales) and 8, 0; for packed ones (weights, scales, scale_steps, zero_points, codebook),
+# of which the last three may be None, and bits, group. They are passed one by one: vmap takes no
+# tuples apart.
+
+
+def _filled(weights, scales, steps, zeros, codebook):
+    """What a packed operator takes: scales where a tensor is not, and which of them there are."""
+    present = kernels.HAS_STEPS | kernels.HAS_ZEROS | kernels.HAS_CODEBOOK
+    if steps is None:
+        steps, present = scales, present ^ kernels.HAS_STEPS
+    if zeros is None:
+        zeros, present = scales, present ^ kernels.HAS_ZEROS
+    if codebook is None:
+        codebook, present = scales, present ^ kernels.HAS_CODEBOOK
+    return (weights, scales, steps, zeros, codebook), present
+
+
+def _forward(x, bias, dtype, bits, group, *tensors):
+    if group:
+        tensors, present = _filled(*tensors)
+        if bias is None:
+            return kernels.packed(x, *tensors, tensors[1], bits, group, present, dtype)
+        present |= kernels.HAS_BIAS
+        return kernels.packed(x, *tensors, bias, bits, group, present, dtype)
+    if bias is None:
+        return kernels.linear(x, *tensors, dtype)
+    return kernels.linear_bias(x, *tensors, bias, dtype)
+
+
+def _backward(grad, dtype, in_features, bits, group, *tensors):
+    if group:
+        tensors, present = _filled(*tensors)
+        return kernels.packed_backward(grad, *tensors, in_features, bits, group, present, dtype)
+    return kernels.linear_backward(grad, *tensors, dtype)
+
+
+class _Linear(torch.autograd.Function):
+    """y = x W^T + bias; derivatives to x and bias."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, bias, dtype, bits, group, *tensors):
+        return _forward(x, bias, dtype, bits, group, *tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, bias, dtype, *numbers = inputs[:5]
+        tensors = inputs[5:]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.x_dtype, ctx.dtype, ctx.numbers = x.dtype, dtype, numbers
+        ctx.in_features = x.shape[-1]
+        ctx.bias_dtype = None if bias is None else bias.dtype
+
+    @staticmethod
+    def backward(ctx, grad):
+        tensors = ctx.saved_tensors
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            grad_x = _input_gradient(grad, ctx.x_dtype, ctx.in_features, *ctx.numbers, *tensors)
+        if ctx.needs_input_grad[1]:
+            rows = grad.unsqueeze(0) if grad.dim() == 1 else grad.flatten(0, -2)
+            grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
+        return grad_x, grad_bias, *[None] * (3 + len(tensors))
+
+
+class _InputGradient(torch.autograd.Function):
+    """grad_x = grad W: the transposed map, so its own gradient is the map again."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(grad, dtype, in_features, bits, group, *tensors):
+        return _backward(grad, dtype, in_features, bits, group, *tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        grad, dtype, in_features, *numbers = inputs[:5]
+        tensors = inputs[5:]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.grad_dtype, ctx.dtype = grad.dtype, dtype
+        ctx.in_features, ctx.numbers = in_features, numbers
+
+    @staticmethod
+    def backward(ctx, grad):
+        tensors = ctx.saved_tensors
+        along = _map(grad, None, ctx.grad_dtype, *ctx.numbers, *tensors)
+        return along, *[None] * (4 + len(tensors))
+
+
+class _DualLinear(_Linear):
+    """The same with forward mode, apart because torch.compile refuses functions that have it."""
+
+    @staticmethod
+    def jvp(ctx, x, bias, *rest):
+        tangent = None if bias is None else bias.to(ctx.dtype)
+        if x is None:
+            return tangent
+        along_x = _map(x, None, ctx.dtype, *ctx.numbers, *ctx.saved_tensors)
+        return along_x if tangent is None else along_x + tangent
+
+
+class _DualInputGradient(_InputGradient):
+    """The same with forward mode."""
+
+    @staticmethod
+    def jvp(ctx, grad, *rest):
+        return _input_gradient(grad, ctx.dtype, ctx.in_features, *ctx.numbers, *ctx.saved_tensors)
+
+
+def _is_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return _is_forward_mode()
+
+
+def _map(x, bias, dtype, *weights):
+    if _is_differentiated(x, bias):
+        function = _DualLinear if _is_forward_mode() else _Linear
+        return function.apply(x, bias, dtype, *weights)
+    return _forward(x, bias, dtype, *weights)
+
+
+def _input_gradient(grad, dtype, in_features, *weights):
+    if _is_differentiated(grad):
+        function = _DualInputGradient if _is_forward_mode() else _InputGradient
+        return function.apply(grad, dtype, in_features, *weights)
+    return _backward(grad, dtype, in_features, *weights)
+
+
+def output_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a linear map gives its result: that of autocast, or else of ``x``.
+
+    Example:
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     output_dtype(torch.ones(1))
+        torch.bfloat16
+    """
+    device = "cpu" if x.is_cpu or x.is_meta else x.device.type  # is_cpu is fast; meta has none
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _refuse_trained(scales: torch.Tensor) -> None:
+    if scales.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "scales require a gradient, and quantized weights have none: pass "
+            "scales.detach(), or train the float layer and quantize it again"
+        )
+
+
+# ---- the public functions --------------------------------------------------------------------
+
+
+@torch.fx.wrap
+def linear(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``x @ (weights * scales[:, None]).T + bias`` in one native call.
+
+    Products are summed in float32 (float64 for a float64 ``x``); scale and bias are applied there,
+    and the result is rounded once. Works under autograd (to ``x`` and ``bias``, any order, forward
+    mode too), autocast, torch.compile, export, vmap, fx, jit and on meta tensors.
+
+    Args:
+        x: activations [..., in_features]; float32, bfloat16, float16 or float64.
+        weights: int8 codes [out_features, in_features].
+        scales: one a row of weights, [out_features], of any of those float types.
+        bias: [out_features], of any of those float types, or None.
+        out_dtype: of the result. None: the autocast dtype where autocast is on (and ``x`` is not
+            float64, which it leaves alone), else the dtype of ``x``.
+
+    Returns:
+        [..., out_features] in ``out_dtype``.
+
+    Raises:
+        RuntimeError: if shapes or dtypes do not fit, or scales ask for a gradient.
+
+    Example:
+        >>> import torch
+        >>> weights = torch.tensor([[1, 2], [3, -4]], dtype=torch.int8)
+        >>> linear(torch.ones(1, 2), weights, torch.tensor([0.5, 0.25]))
+        tensor([[ 1.5000, -0.2500]])
+    """
+    if torch.jit.is_scripting():
+        dtype = x.dtype if out_dtype is None else out_dtype
+        if bias is None:
+            return torch.ops.quantization.linear(x, weights, scales, dtype)
+        return torch.ops.quantization.linear_bias(x, weights, scales, bias, dtype)
+    else:
+        if out_dtype is None:
+            out_dtype = output_dtype(x)
+        _refuse_trained(scales)
+        return _map(x, bias, out_dtype, 8, 0, weights, scales)
+
+
+@torch.fx.wrap
+def packed_linear(
+    x: torch.Tensor,
+    weights: torch.Tensor,
+    scales: torch.Tensor,
+    scale_steps: torch.Tensor | None,
+    zero_points: torch.Tensor | None,
+    codebook: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group: int,
+    out_dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """``x @ W.T + bias`` in one native call, where W are packed weights of 1 to 8 bits in groups.
+
+    ``w = (value - zero) * scale`` in float32: the value of a code is its entry of ``codebook``;
+    without one the code itself, unsigned where there are zero points, else in two's complement.
+    Products are summed in float32 (float64 for a float64 ``x``); where ``x`` is bfloat16, weights
+    may be rounded to bfloat16 first. Works wherever :func:`linear` does.
+
+    Args:
+        x: activations [..., in_features]; float32, bfloat16, float16 or float64.
+        weights: uint8 [out_features, row bytes], dense rows, first code in the lowest bits.
+        scales: [out_features, ceil(in_features / group)]; a float type, or uint8: codes of
+            ``scale_steps``, without those exponents, ``2 ** (scale - 127)``.
+        scale_steps: float32 [out_features], or None.
+        zero_points: as scales, of a float type; or uint8, packed as the weights are; or None.
+        codebook: a float type, [1, 2**bits] or one a row, [out_features, 2**bits]; or None.
+        bias: [out_features], of a float type, or None.
+        bits: of a code; 0: ternary codes 0, 1, 2 for 0, 1, -1, five to a byte in base 3.
+        group: codes of a row that share a scale.
+        out_dtype: as for :func:`linear`.
+
+    Returns:
+        [..., out_features] in ``out_dtype``.
+
+    Raises:
+        RuntimeError: if shapes or dtypes do not fit, or scales ask for a gradient.
+
+    Example:
+        >>> import torch
+        >>> weights = torch.tensor([[0x21], [0xF1]], dtype=torch.uint8)  # 1, 2 and 1, -1
+        >>> scales = torch.tensor([[0.5], [2.0]])
+        >>> packed_linear(torch.ones(1, 2), weights, scales, None, None, None, None, 4, 2)
+        tensor([[1.5000, 0.0000]])
+    """
+    if out_dtype is None:
+        out_dtype = output_dtype(x)
+    _refuse_trained(scales)
+    if group < 1:  # 0 would say: int8 rows
+        raise RuntimeError(f"group is {group}; a scale serves 1 code at least")
+    if weights.shape[-1] == 0:  # no group, though a scheme without groups has a scale all the same
+        scales, zero_points = scales[:, :0], None
+    tensors = (weights, scales, scale_steps, zero_points, codebook)
+    return _map(x, bias, out_dtype, bits, group, *tensors)

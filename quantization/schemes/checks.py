@@ -1,0 +1,97 @@
+"""Which fields of a scheme go together: each refusal says what was given and what is allowed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quantization.numerics.granularity import Granularity, PerDimension, PerGroup
+from quantization.numerics.parameters import Mode, check_granularity, check_mode
+
+__all__ = ["MX_GROUP", "PER_ROW", "along_rows", "check_scheme"]
+
+GRIDS = ("integer", "nf4", "fp4", "mxfp4", "kmeans", "binary", "ternary")
+ZERO_POINTS = ("integer", "float")
+MX_GROUP = 32
+PER_ROW = PerDimension(1)
+
+_WIDTHS = {"nf4": (4,), "fp4": (4,), "mxfp4": (4,), "binary": (1,), "ternary": (2,)}
+_ANY_WIDTH = tuple(range(1, 9))
+
+
+def check_scheme(scheme: Any) -> None:
+    """Raise unless grid, bits, mode, zero point, granularity and scales of a Scheme agree."""
+    if scheme.grid not in GRIDS:
+        raise ValueError(f"grid must be one of {', '.join(GRIDS)}, not {scheme.grid!r}")
+    _check_mode(scheme)
+    _check_bits(scheme)
+    _check_granularity(scheme)
+    _check_scales(scheme)
+
+
+def along_rows(granularity: Any) -> Granularity:
+    """The granularity with dim 1 for -1; raise unless its scales lie along the rows."""
+    check_granularity(granularity)
+    match granularity:
+        case PerGroup(by, 1 | -1):
+            return PerGroup(by)
+        case PerDimension(1 | -1):
+            return PER_ROW
+    if granularity is Granularity.PerTensor:
+        return granularity
+    raise ValueError(
+        f"a packed matrix has its scales along the rows: PerTensor, PerDimension(1) or "
+        f"PerGroup(by, 1), not {granularity}; quantize_linear takes any granularity"
+    )
+
+
+def _check_mode(scheme: Any) -> None:
+    check_mode(scheme.mode)
+    if scheme.zero_point not in ZERO_POINTS:
+        raise ValueError(f"zero_point must be 'integer' or 'float', not {scheme.zero_point!r}")
+    if scheme.mode is Mode.Asymmetric and scheme.grid != "integer":
+        raise ValueError(f"grid {scheme.grid!r} has no zero points: use Mode.Symmetric")
+    if scheme.mode is Mode.Symmetric and scheme.zero_point == "float":
+        raise ValueError("zero_point='float' needs zero points: use Mode.Asymmetric")
+
+
+def _check_bits(scheme: Any) -> None:
+    widths = _WIDTHS.get(scheme.grid, _ANY_WIDTH)
+    if scheme.bits not in widths:
+        allowed = f"{widths[0]}" if len(widths) == 1 else f"{widths[0]}..{widths[-1]}"
+        unit = "bit" if widths == (1,) else "bits"
+        raise ValueError(
+            f"grid {scheme.grid!r} has codes of {allowed} {unit}, not bits={scheme.bits}"
+        )
+    if scheme.grid == "integer" and scheme.bits == 1 and scheme.mode is Mode.Symmetric:
+        raise ValueError(
+            "a signed code of 1 bit is -1 or 0: use Scheme.binary() for -scale and scale, or "
+            "Mode.Asymmetric"
+        )
+
+
+def _check_granularity(scheme: Any) -> None:
+    if scheme.grid == "mxfp4" and scheme.granularity != PerGroup(MX_GROUP):
+        raise ValueError(
+            f"grid 'mxfp4' has groups of {MX_GROUP}, PerGroup({MX_GROUP}, 1), not "
+            f"{scheme.granularity}; Scheme.fp4 takes other groups"
+        )
+
+
+def _check_scales(scheme: Any) -> None:
+    if not isinstance(scheme.double_quant, bool):
+        raise TypeError(f"double_quant must be True or False, not {scheme.double_quant!r}")
+    if scheme.grid == "mxfp4" and (scheme.double_quant or scheme.scale_dtype):
+        raise ValueError(
+            "grid 'mxfp4' has scales of its own, exponents in uint8: leave scale_dtype and "
+            "double_quant out"
+        )
+    if scheme.double_quant and scheme.scale_dtype:
+        raise ValueError(
+            f"double_quant makes the scales uint8 codes: leave scale_dtype="
+            f"{scheme.scale_dtype!r} out"
+        )
+    if scheme.double_quant and not scheme.is_grouped:
+        raise ValueError(
+            f"double_quant shares a step among the groups of a row: use PerGroup(by, 1), not "
+            f"{scheme.granularity}"
+        )

@@ -1,0 +1,155 @@
+"""From one scheme to another without the float weight, where no number has to change."""
+
+from __future__ import annotations
+
+import torch
+
+from quantization.layers.packed_module import pack_as
+from quantization.numerics.granularity import Granularity
+from quantization.numerics.parameters import Mode
+from quantization.numerics.weight_packing import pack_weights, unpack_weights
+from quantization.ops.dtypes import name_of
+from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.scheme import Scheme
+
+_LOW, _HIGH = -128, 127
+
+
+def repack(packed: PackedWeights, scheme: Scheme) -> PackedWeights:
+    """The same weight under another scheme: exact where its codes fit, else quantized anew.
+
+    Args:
+        packed: of torch tensors.
+        scheme: the other scheme.
+
+    Returns:
+        ``packed`` itself under its own scheme; otherwise new tensors, of the same dtype.
+
+    Example:
+        >>> from quantization.schemes.packed_weights import pack_matrix
+        >>> packed = pack_matrix(torch.randn(4, 64), "w3g32")
+        >>> exact = repack(packed, Scheme.parse("w5g16"))
+        >>> torch.equal(exact.dequantize(), packed.dequantize())
+        True
+    """
+    if scheme == packed.scheme:
+        return packed
+    with torch.inference_mode(False), torch.no_grad():
+        exact = _exactly(packed, scheme)
+        if exact is not None:
+            return exact
+        dtype = getattr(torch, packed.dtype)
+        wide = torch.float64 if dtype is torch.float64 else torch.float32
+        return pack_as(packed.dequantize(wide), scheme, dtype, nonfinite="mark")
+
+
+def _exactly(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
+    """The weight under a scheme of symmetric codes that hold it as it is; None if they do not."""
+    is_plain = scheme.grid == "integer" and scheme.mode is Mode.Symmetric
+    if not is_plain or scheme.double_quant or scheme.scale_dtype not in (None, packed.dtype):
+        return None
+    spans = scheme.granularity, packed.scheme.granularity
+    if spans[0] is Granularity.PerTensor and spans[0] != spans[1]:
+        return None  # rows have scales of their own
+    cols = packed.shape[1]
+    old, new = packed.scheme.group(cols), scheme.group(cols)
+    if packed.scheme.groups(cols) > 1 and old % new:  # a new group with two old scales
+        return None
+    levels = whole_levels(packed)
+    if levels is None or levels.is_meta:
+        return None
+    half = 1 << (scheme.bits - 1)
+    if levels.numel() and not (-half <= int(levels.min()) and int(levels.max()) < half):
+        return None
+    scales = _scales_of(packed)
+    if scales is None:
+        return None
+    starts = torch.arange(scheme.groups(cols), device=scales.device) * new
+    codes = pack_weights(levels.to(torch.int8), scheme.bits, layout="dense", dim=1)
+    spread = scales.index_select(1, starts // old)
+    return PackedWeights(scheme, packed.shape, codes, spread, dtype=packed.dtype)
+
+
+def int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes int8 ``[out, in]`` and scales ``[out]`` of exactly the same weight.
+
+    Under ``Scheme.int8()`` they are views of the tensors that are there.
+
+    Raises:
+        ValueError: if there are none; the message says why.
+
+    Example:
+        >>> from quantization.schemes.packed_weights import pack_matrix
+        >>> codes, scales = int8_parts(pack_matrix(torch.tensor([[15.0, 2.0]]), "w4a"))
+        >>> codes.tolist(), scales.tolist()
+        ([[15, 2]], [1.0])
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return _int8_parts(packed)
+
+
+def _int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
+    scheme, cols = packed.scheme, packed.shape[1]
+    if scheme == Scheme.int8() and name_of(packed.scales.dtype) == packed.dtype:
+        return packed.packed_weights.view(torch.int8), packed.scales.squeeze(1)
+    if scheme.groups(cols) > 1:
+        raise ValueError(
+            f"scheme {scheme} gives a row {scheme.groups(cols)} scales, and int8 layers have one: "
+            "no exact int8 layer; QWQALinearLayer.from_float(layer.dequantize()) rounds"
+        )
+    levels, scales = whole_levels(packed), _scales_of(packed)
+    is_whole = levels is not None and scales is not None
+    if is_whole and levels.numel() and not levels.is_meta:
+        is_whole = int(levels.min()) >= _LOW and int(levels.max()) <= _HIGH
+    if not is_whole:
+        raise ValueError(
+            f"codes of scheme {scheme} do not stand for whole numbers of {_LOW}..{_HIGH} times a "
+            "scale: no exact int8 layer; QWQALinearLayer.from_float(layer.dequantize()) rounds"
+        )
+    return levels.to(torch.int8), scales.reshape(-1)
+
+
+def whole_levels(packed: PackedWeights) -> torch.Tensor | None:
+    """What the scales multiply, int16 ``[out, in]``; None where that is not whole numbers.
+
+    Example:
+        >>> from quantization.schemes.packed_weights import pack_matrix
+        >>> whole_levels(pack_matrix(torch.tensor([[3.0, 1.0, 2.0]]), "w2a")).tolist()
+        [[3, 1, 2]]
+    """
+    scheme, (rows, cols) = packed.scheme, packed.shape
+    is_asymmetric = scheme.mode is Mode.Asymmetric
+    if scheme.grid not in ("integer", "binary", "ternary"):
+        return None
+    if is_asymmetric and scheme.zero_point == "float":
+        return None
+    if packed.packed_weights.is_meta:
+        return torch.empty((rows, cols), dtype=torch.int16, device="meta")
+    is_signed = scheme.grid != "binary" and not is_asymmetric
+    layout = "base3" if scheme.grid == "ternary" else "dense"
+    codes = unpack_weights(
+        packed.packed_weights,
+        scheme.bits,
+        dtype="int8" if is_signed else "uint8",
+        layout=layout,
+        dim=1,
+        size=cols,
+    ).to(torch.int16)
+    if scheme.grid == "binary":
+        return 2 * codes - 1
+    if is_asymmetric:
+        groups = scheme.groups(cols)
+        zeros = unpack_weights(packed.zero_points, scheme.bits, layout="dense", dim=1, size=groups)
+        place = torch.arange(cols, device=codes.device) // scheme.group(cols)
+        codes = codes - zeros.to(torch.int16).index_select(1, place)
+    return codes
+
+
+def _scales_of(packed: PackedWeights) -> torch.Tensor | None:
+    """The scales as floats of the weight's dtype; None where that would round them."""
+    scales, dtype = packed.scales, getattr(torch, packed.dtype)
+    if packed.scale_steps is not None:
+        scales = scales.float() * packed.scale_steps.unsqueeze(1)
+    cast = scales.to(dtype)
+    is_same = scales.is_meta or torch.equal(cast.to(scales.dtype).nan_to_num(), scales.nan_to_num())
+    return cast if is_same else None

@@ -1,0 +1,171 @@
+"""Schemes as text: short names such as ``w4g64a`` (grammar: Scheme.parse), and plain values."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from quantization.numerics.granularity import Granularity, PerDimension, PerGroup
+from quantization.numerics.parameters import Mode
+
+__all__ = ["fields_from", "name_of_scheme", "parse_name", "plain_of"]
+
+_NAME = re.compile(
+    r"(?P<base>w|kmeans|int(?=8)|nf(?=4)|fp(?=4)|mxfp(?=4)|binary|ternary)(?P<bits>[1-9]\d*)?"
+    r"(?:g(?P<group>\d+)|(?P<row>r)|(?P<tensor>t))?"
+    r"(?P<mode>af|a|s)?"
+    r"(?P<options>(?:\+\w+)*)"
+)
+_GRIDS = {"w": "integer", "int": "integer", "nf": "nf4", "fp": "fp4", "mxfp": "mxfp4"}
+_WIDTHS = {"binary": 1, "ternary": 2}
+_SPANS = {
+    "nf4": PerGroup(64),
+    "fp4": PerGroup(64),
+    "mxfp4": PerGroup(32),
+    "kmeans": Granularity.PerTensor,
+}
+_SCALE_TYPES = {"f32": "float32", "f64": "float64", "f16": "float16", "bf16": "bfloat16"}
+_SHORT = {name: short for short, name in _SCALE_TYPES.items()}
+_DOUBLE_QUANT = "dq"
+
+
+def parse_name(text: Any) -> dict[str, Any]:
+    """The fields of the scheme of that name.
+
+    Raises:
+        TypeError: if ``text`` is no string.
+        ValueError: if it is no such name.
+
+    Example:
+        >>> parse_name("kmeans3r")
+        {'bits': 3, 'grid': 'kmeans', 'granularity': Granularity.PerDimension(dim=1)}
+    """
+    if not isinstance(text, str):
+        raise TypeError(f"the name of a scheme is a string, not {type(text).__name__}")
+    match = _NAME.fullmatch(text)
+    bits = match and (match["bits"] or _WIDTHS.get(match["base"]))
+    if not match or not bits or (match["bits"] and match["base"] in _WIDTHS):
+        raise ValueError(
+            f"{text!r} names no scheme; names are such as w4g64a, w8, w3g128, nf4g64, fp4g64, "
+            "mxfp4, kmeans4, kmeans4r, binaryg32, ternary, with +dq for double quantization and "
+            "+f16 for the type of the scales"
+        )
+    grid = _GRIDS.get(match["base"], match["base"])
+    values = {"bits": int(bits), "grid": grid, "granularity": _span(match, grid)}
+    if match["mode"] in ("a", "af"):
+        values["mode"] = Mode.Asymmetric
+    if match["mode"] == "af":
+        values["zero_point"] = "float"
+    for option in match["options"].split("+")[1:]:
+        values |= _option(text, option, values)
+    return values
+
+
+def _span(match: re.Match[str], grid: str) -> Granularity:
+    if match["group"]:
+        return PerGroup(int(match["group"]))
+    if match["tensor"]:
+        return Granularity.PerTensor
+    return PerDimension(1) if match["row"] else _SPANS.get(grid, PerDimension(1))
+
+
+def _option(text: str, option: str, values: dict[str, Any]) -> dict[str, Any]:
+    found = (
+        {"double_quant": True}
+        if option == _DOUBLE_QUANT
+        else {"scale_dtype": _SCALE_TYPES.get(option)}
+    )
+    if None in found.values():
+        allowed = ", ".join(f"+{name}" for name in (_DOUBLE_QUANT, *_SCALE_TYPES))
+        raise ValueError(f"{text!r} has the option +{option}; allowed are {allowed}")
+    if found.keys() & values.keys():
+        raise ValueError(f"{text!r} says twice what the scales are")
+    return found
+
+
+def name_of_scheme(scheme: Any) -> str:
+    """The short name of a Scheme, which :func:`parse_name` reads.
+
+    Example:
+        >>> from quantization.schemes.scheme import Scheme
+        >>> name_of_scheme(Scheme(bits=5, mode=Mode.Asymmetric, zero_point="float"))
+        'w5af'
+    """
+    base = {"integer": f"w{scheme.bits}", "kmeans": f"kmeans{scheme.bits}"}.get(
+        scheme.grid, scheme.grid
+    )
+    mode = ""
+    if scheme.mode is Mode.Asymmetric:
+        mode = "af" if scheme.zero_point == "float" else "a"
+    options = f"+{_DOUBLE_QUANT}" if scheme.double_quant else ""
+    if scheme.scale_dtype:
+        options += f"+{_SHORT[scheme.scale_dtype]}"
+    return f"{base}{_span_name(scheme)}{mode}{options}"
+
+
+def _span_name(scheme: Any) -> str:
+    if isinstance(scheme.granularity, PerGroup):
+        return "" if scheme.grid == "mxfp4" else f"g{scheme.granularity.by}"
+    if scheme.granularity == _SPANS.get(scheme.grid, PerDimension(1)):
+        return ""
+    return "r" if isinstance(scheme.granularity, PerDimension) else "t"
+
+
+# ---- plain values ------------------------------------------------------------------------------
+
+
+def plain_of(values: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a scheme with numbers, strings and None in the place of everything else."""
+    match values["granularity"]:
+        case PerGroup(by):
+            granularity = {"kind": "group", "by": by}
+        case PerDimension():
+            granularity = {"kind": "row"}
+        case _:
+            granularity = {"kind": "tensor"}
+    return values | {"granularity": granularity, "mode": values["mode"].value}
+
+
+def fields_from(plain: Any, known: list[str]) -> dict[str, Any]:
+    """The reverse of :func:`plain_of`; fields that are not there are left to their defaults.
+
+    Raises:
+        TypeError: if ``plain`` is no mapping.
+        ValueError: for a field that is not known, no bits, or an unknown mode or granularity.
+    """
+    if not isinstance(plain, Mapping):
+        raise TypeError(f"a scheme is a mapping of fields, not {type(plain).__name__}")
+    unknown = [str(key) for key in plain if key not in known]
+    if unknown:
+        raise ValueError(f"a scheme has no field {unknown[0]!r}; allowed are {', '.join(known)}")
+    if "bits" not in plain:
+        raise ValueError("a scheme needs the field 'bits'")
+    values = dict(plain)
+    if "granularity" in values:
+        values["granularity"] = _granularity_from(values["granularity"])
+    if "mode" in values:
+        values["mode"] = _mode_from(values["mode"])
+    return values
+
+
+def _granularity_from(plain: Any) -> Granularity:
+    match plain:
+        case {"kind": "group", "by": by, **rest} if not rest:
+            return PerGroup(by)
+        case {"kind": "row", **rest} if not rest:
+            return PerDimension(1)
+        case {"kind": "tensor", **rest} if not rest:
+            return Granularity.PerTensor
+    raise ValueError(
+        "granularity must be {'kind': 'tensor'}, {'kind': 'row'} or {'kind': 'group', 'by': size}, "
+        f"not {plain!r:.80}"
+    )
+
+
+def _mode_from(value: Any) -> Mode:
+    try:
+        return Mode(value)
+    except ValueError:
+        allowed = " or ".join(repr(mode.value) for mode in Mode)
+        raise ValueError(f"mode must be {allowed}, not {value!r:.60}") from None

@@ -1,0 +1,344 @@
+"""A weight matrix in few bits: packed codes, scales, and what else leads back to its numbers.
+
+Weight k of row n, computed in float32, with ``g = k // group``::
+
+    w[n, k] = (v[code] - z[n, g]) * s[n, g]
+
+``v[code]`` is ``codebook[code]`` where there is a codebook; else the code itself, unsigned where
+there are zero points, in two's complement where there are none. ``z`` is 0 without zero points.
+
+``packed_weights`` uint8 ``[out, row bytes]``
+    Codes of ``bits`` bits, the first in the lowest bits, each row starting on a byte: the layout
+    ``dense`` of :func:`quantization.pack_weights` along dim 1. Ternary: its layout ``base3``, five
+    codes a byte.
+``scales`` ``[out, groups]``, ``groups = ceil(in / group)``
+    Floats; or uint8 codes under ``scale_steps`` float32 ``[out]``, ``s = code * step`` (double
+    quantization); or, in the grid ``mxfp4``, uint8 exponents, ``s = 2**(u - 127)``, 255 for NaN.
+    Without groups there is one a row; one for the whole matrix is repeated.
+``zero_points``, in mode Asymmetric
+    Integers of ``bits`` bits, packed as the codes are, uint8 ``[out, ceil(groups * bits / 8)]``; or
+    floats ``[out, groups]``.
+``codebook``, for the grids that have one
+    Levels ``[1, 2**bits]``, or ``[out, 2**bits]`` where each row has its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from quantization.numerics.granularity import PerGroup
+from quantization.numerics.linear_quantization import dequantize_linear
+from quantization.numerics.parameters import Mode, QuantizationParameters
+from quantization.numerics.rules import rule_for, source_type
+from quantization.numerics.weight_packing import pack_weights, unpack_weights
+from quantization.ops import native
+from quantization.ops.dtypes import name_of, source_of
+from quantization.ops.native import Tensor
+from quantization.schemes.grids import WEIGHED, Matrix, encode_matrix
+from quantization.schemes.scheme import Scheme, checked_shape, scheme_of
+from quantization.schemes.stored_scales import restore
+
+__all__ = ["PackedWeights", "pack_matrix"]
+
+_PARTS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook")
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class PackedWeights:
+    """The tensors of a packed matrix; the head of the module says what each holds.
+
+    Attributes:
+        scheme: how the matrix is stored.
+        shape: ``(out_features, in_features)``.
+        packed_weights: uint8 ``[out, row bytes]``.
+        scales: floats or uint8, ``[out, groups]``.
+        scale_steps: float32 ``[out]``, or None.
+        zero_points: uint8 or floats, or None.
+        codebook: floats, or None.
+        dtype: type of the weights, a torch dtype, NumPy dtype or name; None: that of the scales,
+            or of the codebook where scales are codes, else float32. Kept as its name.
+
+    All tensors are of one kind, torch or NumPy, and on one device; meta tensors will do.
+
+    Raises:
+        TypeError: if a tensor has a type that it cannot have.
+        ValueError: if a tensor is missing, is one too many or has another shape than scheme and
+            shape give it.
+
+    Example:
+        >>> import numpy as np
+        >>> packed = pack_matrix(np.array([[-3.5, 2.0, 1.0]], "float32"), Scheme(bits=4))
+        >>> packed
+        PackedWeights(Scheme(bits=4), (1, 3), float32, 6 bytes)
+        >>> packed.packed_weights, packed.scales.shape
+        (array([[72,  2]], dtype=uint8), (1, 1))
+    """
+
+    scheme: Scheme
+    shape: tuple[int, int]
+    packed_weights: Tensor
+    scales: Tensor
+    scale_steps: Tensor | None = None
+    zero_points: Tensor | None = None
+    codebook: Tensor | None = None
+    dtype: Any = None
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "scheme", scheme_of(self.scheme))
+        object.__setattr__(self, "shape", checked_shape(self.shape))
+        given = {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}
+        needed = self.scheme.buffers(self.shape)
+        for name in (*needed, *given):
+            if (name in needed) != (name in given):
+                verb = "needs" if name in needed else "has no"
+                raise ValueError(f"scheme {self.scheme} {verb} {name}")
+        for name, buffer in needed.items():
+            _check_part(name, given[name], buffer.shape, buffer.dtype)
+        object.__setattr__(self, "dtype", self._settled_dtype())
+
+    def _settled_dtype(self) -> str:
+        if self.dtype is not None:
+            return source_of(self.dtype, "a packed matrix").name
+        for tensor in (self.scales, self.codebook):
+            if tensor is not None and name_of(tensor.dtype) != "uint8":
+                return name_of(tensor.dtype)
+        return "float32"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors together.
+
+        Example:
+            >>> import numpy as np
+            >>> pack_matrix(np.ones((8, 128), "float32"), Scheme.int8()).nbytes
+            1056
+        """
+        tensors = (getattr(self, name) for name in _PARTS)
+        return sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits that a weight takes, all tensors counted; NaN for no weights.
+
+        Example:
+            >>> import numpy as np
+            >>> pack_matrix(np.ones((8, 128), "float32"), Scheme.int8()).bits_per_weight
+            8.25
+        """
+        count = self.shape[0] * self.shape[1]
+        return 8 * self.nbytes / count if count else float("nan")
+
+    def dequantize(self, dtype: Any = None) -> Tensor:
+        """The numbers that the codes stand for, computed in float32 and rounded once.
+
+        Args:
+            dtype: of the result: float32, float64, float16 or bfloat16; None: :attr:`dtype`.
+
+        Returns:
+            ``[out, in]``, of the kind and on the device of the packed codes. A number beyond the
+            largest of ``dtype`` becomes that one, not infinity.
+
+        Raises:
+            TypeError: for another dtype.
+
+        Source: the formula at the head of the module.
+
+        Example:
+            >>> import numpy as np
+            >>> pack_matrix(np.array([[-127.0, 3.2, 64.0]], "float32"), Scheme.int8()).dequantize()
+            array([[-127.,    3.,   64.]], dtype=float32)
+        """
+        out = source_of(self.dtype if dtype is None else dtype, "the matrix to restore").name
+        if native.is_meta(self.packed_weights) or 0 in self.shape:
+            return native.filled(self.shape, 0, out, self.packed_weights)
+        wide = "float32" if out == "float64" else out
+        zero = self._integer_zero_points()
+        params = QuantizationParameters(
+            native.as_tensor_like(
+                restore(self.scales, self.scale_steps), "float32", self.packed_weights
+            ),
+            zero,
+            Mode.Symmetric if zero is None else Mode.Asymmetric,
+            PerGroup(self.scheme.group(self.shape[1])),
+            dtype=wide,
+        )
+        return native.cast(dequantize_linear(self._values(), params), out)
+
+    def _codes(self) -> Tensor:
+        """One code a weight: int8 where they are signed, else uint8."""
+        is_signed = self.scheme.mode is Mode.Symmetric and not self.scheme.has_codebook
+        return unpack_weights(
+            self.packed_weights,
+            self.scheme.bits,
+            dtype="int8" if is_signed else "uint8",
+            layout=_layout(self.scheme),
+            dim=1,
+            size=self.shape[1],
+        )
+
+    def _values(self) -> Tensor:
+        """What scales multiply, after integer zero points: codes, levels or codes less zeros."""
+        codes = self._codes()
+        if self.codebook is not None:
+            book = native.to_array(native.cast(self.codebook, "float32"))
+            places = native.to_array(codes)
+            if book.shape[0] > 1:  # the codebooks as one, a row's places behind the row before
+                places = places + np.arange(0, book.size, book.shape[1], "int32")[:, None]
+            levels = book.reshape(-1)[places]
+        elif self._has_float_zero_points:
+            zero = native.to_array(native.cast(self.zero_points, "float32"))
+            wide = np.repeat(zero, self.scheme.group(self.shape[1]), axis=1)
+            levels = native.to_array(codes) - wide[:, : self.shape[1]]
+        else:
+            return codes
+        return native.as_tensor_like(levels, "float32", codes)
+
+    @property
+    def _has_float_zero_points(self) -> bool:
+        return self.scheme.mode is Mode.Asymmetric and self.scheme.zero_point == "float"
+
+    def _integer_zero_points(self) -> Tensor | None:
+        if self.scheme.mode is Mode.Symmetric or self._has_float_zero_points:
+            return None
+        groups = self.scheme.groups(self.shape[1])
+        zero = unpack_weights(
+            self.zero_points, self.scheme.bits, layout="dense", dim=1, size=groups
+        )
+        return native.cast(zero, "int32")
+
+    def __repr__(self) -> str:
+        return f"PackedWeights({self.scheme!r}, {self.shape}, {self.dtype}, {self.nbytes:,} bytes)"
+
+
+def pack_matrix(
+    weight: Tensor,
+    scheme: Scheme | str,
+    *,
+    importance: Tensor | None = None,
+    nonfinite: str = "raise",
+    name: str = "weight",
+) -> PackedWeights:
+    """Quantize a matrix under a scheme, and pack its codes.
+
+    Scales are rounded to their stored type before any code is made, and codes are made for the
+    numbers that :meth:`PackedWeights.dequantize` gives back.
+
+    Integers are those of :func:`quantization.quantize_linear`; symmetric ones use the full range of
+    their width, but -127..127 in 8 bits, as the int8 layer does. Float zero points are those of the
+    asymmetric rule before they are rounded. For ``nf4``, ``fp4`` and ``kmeans`` the scale is the
+    largest magnitude of the group, and the nearest level is taken, of two that are as near the
+    lower code; the levels of ``kmeans`` are those of least squared error. ``mxfp4``: see
+    :func:`quantization.schemes.stored_scales.as_exponents`. ``binary``: the scale is the mean
+    magnitude. ``ternary``: scale and threshold of least squared error. Of these a group of zeros
+    has the scale 0 (``mxfp4``: 1), and so has every such group under double quantization.
+
+    Args:
+        weight: ``[out, in]``, float32, float64, float16 or bfloat16, a torch tensor (also on meta:
+            only shapes are made) or an ndarray. Either size may be 0. It is only read.
+        scheme: a :class:`quantization.Scheme`, or its short name.
+        importance: ``[in]``, not negative: how much the squared error of each column counts, such
+            as the mean square of that input. For the grids ``kmeans``, ``binary`` and ``ternary``;
+            where a group (``kmeans``: a codebook) has no importance at all, all its weights count.
+        nonfinite: ``"raise"`` refuses a NaN or infinity; ``"mark"`` gives its group the scale NaN,
+            so that just this group dequantizes to NaN (under double quantization: its row).
+        name: what error messages call the matrix.
+
+    Raises:
+        TypeError: for a weight or scheme of the wrong type.
+        ValueError: for another number of dimensions, a NaN or infinity (named with its index),
+            scales beyond their type, or importance that does not fit.
+
+    Source: the table at the head of :mod:`quantization.schemes.scheme`.
+
+    Example:
+        >>> import torch
+        >>> weight = torch.linspace(-1, 1, 200).view(2, 100)
+        >>> packed = pack_matrix(weight, "w4g64a")
+        >>> packed.scales.shape, packed.packed_weights.shape
+        (torch.Size([2, 2]), torch.Size([2, 50]))
+        >>> bool((packed.dequantize() - weight).abs().max() <= packed.scales.max() / 2)
+        True
+    """
+    scheme = scheme_of(scheme)
+    source = source_type(weight, name)
+    if weight.ndim != 2:
+        raise ValueError(
+            f"{name} has shape {tuple(weight.shape)}; expected [out_features, in_features]"
+        )
+    rule_for(source, "int8", Mode.Symmetric, None, scheme.scale_dtype, nonfinite)  # or raise
+    shape = tuple(weight.shape)
+    weights = _checked_importance(importance, scheme, shape[1])
+    if native.is_meta(weight) or 0 in shape:
+        return _blank(weight, scheme)
+    coded = encode_matrix(Matrix(weight, source, scheme, weights, nonfinite, name))
+    zero = None if coded.zero_points is None else _for_each_row(coded.zero_points, shape[0])
+    if zero is not None and name_of(zero.dtype) == "uint8":
+        zero = pack_weights(zero, scheme.bits, layout="dense", dim=1)
+    return PackedWeights(
+        scheme,
+        shape,
+        pack_weights(coded.codes, scheme.bits, layout=_layout(scheme), dim=1),
+        _for_each_row(coded.scales.scales, shape[0]),
+        coded.scales.steps,
+        zero,
+        coded.codebook,
+        source.name,
+    )
+
+
+def _layout(scheme: Scheme) -> str:
+    return "base3" if scheme.grid == "ternary" else "dense"
+
+
+def _for_each_row(values: Tensor, rows: int) -> Tensor:
+    """``[rows, groups]``: what a whole matrix has one of is repeated."""
+    if values.shape[0] == rows:
+        return values
+    return values.repeat(rows, 1) if native.is_torch(values) else np.repeat(values, rows, axis=0)
+
+
+def _checked_importance(importance: Any, scheme: Scheme, cols: int) -> np.ndarray | None:
+    """Importance as float64 ``[cols]``."""
+    if importance is None:
+        return None
+    if scheme.grid not in WEIGHED:
+        raise ValueError(
+            f"scheme {scheme} makes no choice that importance could weigh, only the grids "
+            f"{', '.join(WEIGHED)} do: leave it out"
+        )
+    if not native.is_tensor(importance):
+        raise TypeError(
+            f"importance must be a torch.Tensor or ndarray, not {type(importance).__name__}"
+        )
+    weights = native.to_array(native.cast(importance, "float64"), "importance")
+    if weights.shape != (cols,):
+        raise ValueError(f"importance has shape {weights.shape}; one a column is ({cols},)")
+    if not (np.isfinite(weights) & (weights >= 0)).all():
+        raise ValueError("importance must be finite and not negative")
+    return weights
+
+
+def _blank(weight: Tensor, scheme: Scheme) -> PackedWeights:
+    """What a matrix without numbers packs to: zeros, or shapes only."""
+    shape, dtype = tuple(weight.shape), name_of(weight.dtype)
+    parts = {
+        name: native.filled(buffer.shape, int(name == "scales"), buffer.dtype, weight)
+        for name, buffer in scheme.buffers(shape, dtype).items()
+    }
+    return PackedWeights(scheme, shape, **parts, dtype=dtype)
+
+
+def _check_part(name: str, tensor: Any, shape: tuple[int, ...], dtype: str) -> None:
+    if not native.is_tensor(tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or ndarray, not {type(tensor).__name__}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this scheme needs {shape}")
+    if dtype != "uint8":
+        source_of(tensor.dtype, name)
+    elif name_of(tensor.dtype) != "uint8":
+        raise TypeError(f"{name} has dtype {name_of(tensor.dtype)}; this scheme needs uint8")
