@@ -13,7 +13,10 @@ Names are loaded when first used, so the NumPy core works where torch is not ins
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from quantization.swap import OBSERVERS
+from quantization.version import VERSION
+
+__version__ = VERSION
 
 if TYPE_CHECKING:
     from quantization.checkpoint import load_quantized, quantize_checkpoint, save_quantized
@@ -34,8 +37,9 @@ if TYPE_CHECKING:
         quantize_linear,
     )
     from quantization.models.quantizer import dequantize_model, quantize_model
-    from quantization.ops.linear import LinearKernel, linear_kernel, quantized_forward
+    from quantization.ops.linear import quantized_forward
     from quantization.ops.runtime import active_isa, get_num_threads, isas, set_isa, set_num_threads
+    from quantization.schemes.kernel_choice import LinearKernel, linear_kernel
     from quantization.schemes.packed_weights import PackedWeights, pack_matrix
     from quantization.schemes.scheme import Scheme
     from quantization.swap.experts import UnfusedExperts, unfuse_experts
@@ -57,7 +61,8 @@ if TYPE_CHECKING:
 _HOMES = {
     "checkpoint": ("load_quantized", "quantize_checkpoint", "save_quantized"),
     "swap.experts": ("UnfusedExperts", "unfuse_experts"),
-    "ops.linear": ("LinearKernel", "linear_kernel", "quantized_forward"),
+    "schemes.kernel_choice": ("LinearKernel", "linear_kernel"),
+    "ops.linear": ("quantized_forward",),
     "linear_layer": ("QWQALinearLayer", "name_for_quantized_weight_buffer"),
     "linear_quantizer": (
         "PER_COLUMNS",
@@ -149,6 +154,13 @@ def __getattr__(name: str) -> Any:
     value = getattr(import_module(f"quantization.{_HOME_OF[name]}"), name)
     globals()[name] = value
     return value
+
+
+def _tell_integrations(report: Any) -> None:
+    import_module("quantization.integrations").note_swap(report)
+
+
+OBSERVERS.append(_tell_integrations)
 
 
 def __dir__() -> list[str]:

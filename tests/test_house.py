@@ -56,6 +56,8 @@ C_ARROWS = {
 
 # The rooms of the package from the ground up; a file reaches its own room and those before it.
 FLOORS = (
+    "version",
+    "console",
     "_kernels",
     "ops",
     "numerics",
@@ -66,8 +68,8 @@ FLOORS = (
     "checkpoint/disk",
     "checkpoint",
     "distributed",
-    "formats/gguf",
     "formats",
+    "formats/gguf",
     "integrations",
     "demo",
     "linear_quantizer",
@@ -86,11 +88,13 @@ LOADED_LATE = {
     "cli/__init__.py": "the command line starts quickly",
     "formats/__init__.py": "the command line lists formats without loading them",
     "integrations/__init__.py": "a library that is not in use is not loaded",
+    "ops/linear.py": "the operators of torch are loaded when a torch tensor comes",
+    "ops/extras.py": "a package that is an extra may be missing",
 }
 MOST_FILES = 12
 
 # Packages that a file may import inside a function: they are extras, or what a torch tensor brings.
-OPTIONAL = ("torch", "transformers", "ml_dtypes", "gguf", "onnx", "peft", "rich", "tqdm")
+OPTIONAL = {"torch", "transformers", "ml_dtypes", "gguf", "onnx", "peft", "rich", "tqdm"}
 
 
 def includes(path: Path) -> list[str]:
@@ -190,12 +194,15 @@ def ups(path: Path, source: str | None = None) -> list[str]:
 def late(path: Path, source: str | None = None) -> list[str]:
     """Imports inside functions of a file, but of optional packages."""
     here = path.relative_to(PACKAGE).as_posix()
+    if here in LOADED_LATE:
+        return []
     text = path.read_text() if source is None else source
-    wrong = [f"{here} imports {ast.unparse(n)!r} late" for n, i in _import_nodes(text) if i]
-    wrong = [line for line in wrong if not any(extra in line for extra in OPTIONAL)]
-    if "import_module" in text and here not in {*LOADED_LATE, "ops/extras.py"}:
-        wrong.append(f"{here} imports by name")
-    return [] if here in LOADED_LATE else wrong
+    wrong = [f"{here} imports by name"] if "import_module" in text else []
+    for node, inside in _import_nodes(text):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module]
+        if inside and not {str(name).split(".")[0] for name in names} <= OPTIONAL:
+            wrong.append(f"{here}: {ast.unparse(node)!r} inside a function")
+    return wrong
 
 
 def circle(graph: dict[str, set[str]]) -> list[str]:

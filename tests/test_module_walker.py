@@ -14,20 +14,16 @@ torch = pytest.importorskip("torch")
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
-from quantization.swap import walker
-from quantization.swap.walker import (
-    adapters,
-    float_parts,
-    is_conv1d,
-    looks_linear,
-    match_patterns,
-    walk,
-    why_left,
-)
+from quantization.layers import float_layers
+from quantization.layers.float_layers import float_parts, is_conv1d, looks_linear, why_left
+from quantization.swap import patterns, walker
+from quantization.swap.patterns import match_patterns
+from quantization.swap.walker import adapters, walk
 
 
 def test_examples_in_the_docstrings() -> None:
-    assert doctest.testmod(walker).failed == 0
+    for module in (float_layers, patterns, walker):
+        assert doctest.testmod(module).failed == 0
 
 
 # ---- walk ------------------------------------------------------------------------------------

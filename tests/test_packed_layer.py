@@ -19,8 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from quantization import PackedLinearLayer, QWQALinearLayer, Scheme, pack_matrix
-from quantization.layers.packed_module import BUFFERS
 from quantization.ops.packed_rows import decode_rows
+from quantization.schemes.packed_weights import PARTS
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCHEMES = [
@@ -165,7 +165,7 @@ def test_from_float_packs_the_matrix(scheme: str) -> None:
     linear = float_linear(dtype=torch.bfloat16).eval()
     layer = PackedLinearLayer.from_float(linear, scheme)
     wanted = pack_matrix(linear.weight.detach(), scheme)
-    for name in BUFFERS:
+    for name in PARTS:
         mine, theirs = getattr(layer, name), getattr(wanted, name)
         assert (mine is None and theirs is None) or torch.equal(mine, theirs)
     assert torch.equal(layer.weight, wanted.dequantize()) and not layer.training
@@ -399,7 +399,7 @@ def test_weight_cannot_be_assigned() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_rows_decode_to_the_same_numbers_in_torch_alone(scheme: str) -> None:
     layer = packed(scheme)
-    parts = [getattr(layer, name) for name in BUFFERS]
+    parts = [getattr(layer, name) for name in PARTS]
     assert torch.equal(decode_rows(*parts, layer._bits, layer._group, 45), layer.weight)
 
 

@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from quantization import Scheme, pack_matrix
-from quantization.layers.packed_module import BUFFERS
 from quantization.ops.packed_rows import TERNARY, decode_rows
+from quantization.schemes.packed_weights import PARTS
 
 SIZES = [(1, 1), (3, 2), (2, 7), (5, 8), (4, 9), (3, 64), (2, 65), (7, 130)]
 SPANS = ["", "g1", "g3", "g8", "g64", "t"]
@@ -30,7 +30,7 @@ def decoded(
     weight: torch.Tensor, scheme: Scheme, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     packed = pack_matrix(weight, scheme)
-    parts = [getattr(packed, name) for name in BUFFERS]
+    parts = [getattr(packed, name) for name in PARTS]
     few = [part if part is None or len(part) != len(weight) else part[rows] for part in parts]
     bits = TERNARY if scheme.grid == "ternary" else scheme.bits
     got = decode_rows(*few, bits, scheme.group(weight.shape[1]), weight.shape[1])

@@ -67,8 +67,36 @@ def test_parameters_follow_their_granularity() -> None:
         QuantizationParameters(one, zero, "symmetric", Granularity.PerTensor)
     with pytest.raises(TypeError, match="granularity must be"):
         QuantizationParameters(one, zero, Mode.Symmetric, 1)
-    with pytest.raises(AttributeError):
-        lines.dim = 0  # type: ignore[misc]
+
+
+def test_fields_can_be_set_and_are_looked_at_when_they_are_used() -> None:
+    codes, params = quantize_linear(matrix(), "int8", Granularity.PerGroup(4))
+    restored = dequantize_linear(codes, params)
+    params.scale = params.scale * 2
+    assert np.array_equal(dequantize_linear(codes, params), 2 * restored)
+    params.granularity = Granularity.PerDimension(1)
+    assert (params.group_by, params.dim) == (None, 1)
+    with pytest.raises(ValueError, match=r"params.scale has shape \(6, 2\), but codes of shape"):
+        dequantize_linear(codes, params)
+    for field, value, message in (
+        ("mode", "symmetric", "mode must be"),
+        ("granularity", 8, "granularity must be"),
+        ("dim", 0, r"dim=0 contradicts Granularity.PerDimension\(dim=1\)"),
+        ("scale", None, "params.scale must be a torch.Tensor or numpy.ndarray, not NoneType"),
+    ):
+        changed = copy.deepcopy(params)
+        setattr(changed, field, value)
+        assert changed != params and changed == copy.deepcopy(changed)
+        with pytest.raises((TypeError, ValueError), match=message):
+            dequantize_linear(codes, changed)
+
+
+def test_what_is_not_known_yet_is_none() -> None:
+    empty = QuantizationParameters(scale=None)
+    assert empty == QuantizationParameters(None, None, Mode.Symmetric, Granularity.PerTensor)
+    assert empty != QuantizationParameters(np.ones((), "float32"))
+    empty.scale = np.float32(0.5)
+    assert dequantize_linear(np.array([2], "int8"), empty).tolist() == [1.0]
 
 
 def test_numpy_scalars_are_arrays_again() -> None:

@@ -345,7 +345,7 @@ def test_hooks_flags_and_attributes_go_there_and_back() -> None:
     calls.clear()
     model(TOKENS)
     assert not calls
-    own = {"_scheme", "_dtype", "_floats", "_bits", "_group", "nf"}
+    own = {"_scheme", "_dtype", "_floats", "_bits", "_group", "was_conv1d"}
     assert not own & set(vars(model.body.up)) | own & set(vars(model.body.embed))
 
 
@@ -366,7 +366,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(
 ) -> None:
     model = Model()
     before = snapshot(model)
-    take, built = PackedLinearLayer._take, []
+    take, built = PackedLinearLayer._set_buffers, []
 
     def exploding(self: Any, *args: Any) -> None:
         built.append(self)
@@ -374,7 +374,7 @@ def test_an_error_on_the_way_leaves_the_model_as_it_was(
             raise error
         take(self, *args)
 
-    monkeypatch.setattr(PackedLinearLayer, "_take", exploding)
+    monkeypatch.setattr(PackedLinearLayer, "_set_buffers", exploding)
     with pytest.raises(type(error)) as caught:
         quantize_model(model, {"*": "w4", nn.Embedding: "w8"})
     assert "while replacing head; the model was not changed" in caught.value.__notes__

@@ -13,24 +13,25 @@ from torch import nn
 
 from quantization.checkpoint.disk.json_files import CheckpointError, read_json
 from quantization.checkpoint.disk.safetensors_files import INDEX, TensorFolder
+from quantization.checkpoint.disk.stored_tensor import key_of
 from quantization.checkpoint.format import CONFIG
 from quantization.checkpoint.plain_config import ENTRY
 from quantization.checkpoint.skeleton import skeleton_of_config, skeleton_of_names
 from quantization.checkpoint.stored_model import (
     StoredLayer,
     StoredModel,
-    key_of,
     saved_tensors,
     stored_model,
 )
-from quantization.layers.packed_module import pack_as
 from quantization.models.quantizer import quantize_model
 from quantization.models.recipe import Recipe
 from quantization.numerics.granularity import Granularity
+from quantization.schemes.layer_weights import pack_as
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
+from quantization.swap.patterns import Pattern
 from quantization.swap.report import ReplacementReport
-from quantization.swap.walker import Pattern, Site, walk
+from quantization.swap.walker import Site, walk
 
 __all__ = ["FloatSource", "assets_of", "open_source"]
 
@@ -170,9 +171,9 @@ def _packed(
     rows, cols = layer.shape
     dtype = getattr(torch, layer.dtype)
     block = max(1, _BLOCK_BYTES // max(1, cols * dtype.itemsize))
-    if "nf" in layer.more or not _rows_are_apart(layer.scheme) or rows <= block:
+    if "was_conv1d" in layer.more or not _rows_are_apart(layer.scheme) or rows <= block:
         weight = file.rows(key, 0, files.entry(key).shape[0])
-        weight = weight.t() if "nf" in layer.more else weight
+        weight = weight.t() if "was_conv1d" in layer.more else weight
         return pack_as(weight, layer.scheme, dtype, **options)
     parts: dict[str, torch.Tensor] = {
         part: torch.empty(form.shape, dtype=getattr(torch, form.dtype))

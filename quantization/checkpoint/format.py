@@ -31,6 +31,7 @@ from quantization.checkpoint.disk.json_files import CheckpointError, parse_json
 from quantization.checkpoint.stored_model import KINDS, StoredLayer
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
+from quantization.version import VERSION as VERSION_OF_PACKAGE
 
 __all__ = [
     "CONFIG",
@@ -48,6 +49,7 @@ CONFIG = "config.json"  # of transformers
 VERSION = 1
 _FORMAT = "quantization-checkpoint"
 _FEATURES: frozenset[str] = frozenset()
+_CONV1D = "nf"  # field of a layer: outputs of the Conv1D of transformers that it came from
 _HASH = re.compile("[0-9a-f]{64}")
 
 HOW_TO_READ = (
@@ -115,13 +117,11 @@ class Document:
 
     def to_json(self) -> str:
         """The text of the file."""
-        from quantization import __version__
-
         plain = {
             "format": _FORMAT,
             "format_version": VERSION,
             "required_features": sorted(_FEATURES),
-            "written_by": f"quantization {__version__}",
+            "written_by": f"quantization {VERSION_OF_PACKAGE}",
             "how_to_read": HOW_TO_READ,
             "files": {
                 name: {"bytes": record.nbytes, "header_sha256": record.header_sha256}
@@ -202,7 +202,7 @@ def _plain_layer(layer: StoredLayer) -> dict[str, Any]:
         "dtype": layer.dtype,
         "scheme": layer.scheme.to_dict(),
         "group": layer.scheme.group(layer.shape[1]),
-        **layer.more,
+        **({_CONV1D: layer.shape[0]} if "was_conv1d" in layer.more else layer.more),
     }
 
 
@@ -220,7 +220,7 @@ def _layer_from(name: str, plain: Any, what: str) -> StoredLayer:
                 f"{what}: layer {name!r} needs a kind out of {', '.join(KINDS)}, a shape, a dtype "
                 "and a scheme"
             )
-    more = {key: plain[key] for key in ("nf", "padding_idx") if key in plain}
+    more = {key: plain[key] for key in (_CONV1D, "padding_idx") if key in plain}
     if not all(value is None or type(value) is int for value in more.values()):
         raise CheckpointError(f"{what}: layer {name!r} has {more}; expected numbers")
     if not -rows <= (more.get("padding_idx") or 0) <= max(0, rows - 1):
@@ -232,6 +232,8 @@ def _layer_from(name: str, plain: Any, what: str) -> StoredLayer:
         raise CheckpointError(f"{what}: layer {name!r}: {error}") from None
     if kind == "int8_linear" and scheme != Scheme.int8():
         raise CheckpointError(f"{what}: layer {name!r} is int8, and its scheme is {scheme}")
+    if more.pop(_CONV1D, None) is not None:
+        more["was_conv1d"] = True
     return StoredLayer(kind, scheme, (rows, cols), dtype, _unread, more)
 
 

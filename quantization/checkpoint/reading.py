@@ -14,6 +14,7 @@ import torch
 from quantization.checkpoint.disk.files import member
 from quantization.checkpoint.disk.json_files import CheckpointError, read_json
 from quantization.checkpoint.disk.safetensors_files import INDEX, TensorFile
+from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
 from quantization.checkpoint.format import (
     CONFIG,
     FILE,
@@ -22,7 +23,7 @@ from quantization.checkpoint.format import (
     packed_of,
     parts_of,
 )
-from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.schemes.packed_weights import PackedWeights
 
 __all__ = ["check_hashes", "check_record", "read_checkpoint", "verify_checkpoint"]

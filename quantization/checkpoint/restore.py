@@ -10,18 +10,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantization.checkpoint.stored_model import (
-    StoredLayer,
-    StoredModel,
-    key_of,
-    saved_tensors,
-    unwrapped,
-)
+from quantization.checkpoint.disk.stored_tensor import key_of
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, saved_tensors, unwrapped
+from quantization.layers.float_layers import is_conv1d, why_embedding_left, why_left
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.ops.dtypes import name_of
 from quantization.swap.conversion import convert
 from quantization.swap.engine import Store, assign, stores_of, tensors_of
-from quantization.swap.walker import Site, is_conv1d, walk, why_embedding_left, why_left
+from quantization.swap.walker import Site, walk
 
 __all__ = ["RestoreError", "restore_model"]
 

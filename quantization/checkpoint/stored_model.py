@@ -8,7 +8,6 @@ and :func:`quantization.checkpoint.restore.restore_model` puts one into a module
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
 from quantization.layers.int8_layer import QWQALinearLayer
 from quantization.layers.packed_embedding import PackedEmbedding
 from quantization.layers.packed_layer import PackedLinearLayer
@@ -31,9 +31,6 @@ __all__ = [
     "KINDS",
     "StoredLayer",
     "StoredModel",
-    "StoredTensor",
-    "key_of",
-    "nbytes_of",
     "saved_tensors",
     "stored_model",
     "unwrapped",
@@ -47,51 +44,6 @@ KINDS: dict[str, type[QuantizedModule]] = {
 }
 
 
-def key_of(name: str, part: str) -> str:
-    """The key in a state dict of a tensor of the module of that dotted name.
-
-    Example:
-        >>> key_of("a.b", "scales"), key_of("", "scales")
-        ('a.b.scales', 'scales')
-    """
-    return f"{name}.{part}" if name else part
-
-
-def nbytes_of(dtype: str, shape: tuple[int, ...]) -> int:
-    """Bytes of a tensor of that dtype, by torch's name, and shape.
-
-    Example:
-        >>> nbytes_of("bfloat16", (2, 3))
-        12
-    """
-    return math.prod(shape) * getattr(torch, dtype).itemsize
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor that is not part of a packed weight.
-
-    Attributes:
-        shape: its shape.
-        dtype: its dtype, by torch's name without ``torch.``.
-        load: reads it; the tensor may be a view of a file.
-    """
-
-    shape: tuple[int, ...]
-    dtype: str
-    load: Callable[[], torch.Tensor]
-
-    @classmethod
-    def of(cls, tensor: torch.Tensor) -> StoredTensor:
-        """A tensor that is there already.
-
-        Example:
-            >>> StoredTensor.of(torch.ones(2, 3)).shape
-            (2, 3)
-        """
-        return cls(tuple(tensor.shape), name_of(tensor.dtype), lambda: tensor)
-
-
 @dataclass(frozen=True)
 class StoredLayer:
     """A layer whose weight is packed; its bias, if any, is a tensor of the model beside it.
@@ -103,8 +55,8 @@ class StoredLayer:
         shape: (out_features, in_features), or (num_embeddings, embedding_dim).
         dtype: of the layer's floats, by name.
         load: reads the weight, as torch tensors.
-        more: what else a module of the kind needs: ``padding_idx`` of an embedding; ``nf``, if a
-            linear layer came from a Conv1D of transformers.
+        more: what else a module of the kind needs: ``padding_idx`` of an embedding;
+            ``was_conv1d``, if a linear layer came from a Conv1D of transformers.
     """
 
     kind: str
@@ -137,8 +89,7 @@ class StoredLayer:
             return PackedEmbedding.from_packed(self.load(), self.more.get("padding_idx"))
         cls: Any = KINDS[self.kind]
         layer = cls.from_packed(self.load(), bias)
-        if "nf" in self.more:
-            layer.nf = self.more["nf"]
+        layer.was_conv1d = "was_conv1d" in self.more
         return layer
 
 
@@ -273,8 +224,8 @@ def _refuse_more(module: nn.Module, name: str) -> None:
 
 def _layer_of(module: QuantizedModule) -> StoredLayer:
     more: dict[str, Any] = {}
-    if "nf" in module.__dict__:
-        more["nf"] = module.nf
+    if module.was_conv1d:
+        more["was_conv1d"] = True
     if isinstance(module, PackedEmbedding):
         more["padding_idx"] = module.padding_idx
     kind = next(kind for kind, cls in KINDS.items() if isinstance(module, cls))

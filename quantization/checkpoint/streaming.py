@@ -38,8 +38,8 @@ from quantization.checkpoint.unfinished import FILES, keep_only, partial_folder,
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, Shard, finish, plan_shards, write_shard
 from quantization.models.recipe import Recipe
 from quantization.ops.dtypes import index_of
+from quantization.swap.patterns import Pattern
 from quantization.swap.report import ReplacementReport
-from quantization.swap.walker import Pattern
 
 __all__ = ["partial_folder", "quantize_checkpoint"]
 

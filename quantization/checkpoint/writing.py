@@ -12,6 +12,7 @@ from typing import Any
 
 from quantization.checkpoint.disk.files import new_folder
 from quantization.checkpoint.disk.safetensors_files import INDEX, TensorWriter
+from quantization.checkpoint.disk.stored_tensor import key_of, nbytes_of
 from quantization.checkpoint.format import (
     CONFIG,
     FILE,
@@ -21,7 +22,7 @@ from quantization.checkpoint.format import (
     tensors_of,
 )
 from quantization.checkpoint.plain_config import ENTRY, entry_of
-from quantization.checkpoint.stored_model import StoredModel, key_of, nbytes_of
+from quantization.checkpoint.stored_model import StoredModel
 from quantization.layers.quantized_module import placeholder
 from quantization.ops.dtypes import index_of
 

@@ -13,13 +13,17 @@ from typing import Any
 
 from quantization import checkpoint
 from quantization.checkpoint.disk.safetensors_files import TensorFolder
+from quantization.checkpoint.disk.stored_tensor import nbytes_of
 from quantization.checkpoint.float_source import open_source
 from quantization.checkpoint.format import FILE
-from quantization.checkpoint.stored_model import StoredLayer, StoredModel, nbytes_of
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.cli.bench import bench_layers
 from quantization.cli.output import Output
+from quantization.console.progress import progress
+from quantization.console.tables import size
 from quantization.formats import FormatError, reader, writer
-from quantization.swap.report import Candidate, ReplacementReport, size, table
+from quantization.formats.gguf import save_tokenizer
+from quantization.swap.report import Candidate, ReplacementReport, table
 
 __all__ = ["run"]
 
@@ -55,7 +59,7 @@ def _quantize(options: argparse.Namespace, out: Output) -> dict[str, Any]:
         return _plan(options, out)
     given = {"shard_bytes": "max_shard_bytes"}
     more = {given[name]: value for name in given if (value := getattr(options, name))}
-    with out.bar("quantize") as progress:
+    with progress("quantize", "B") as show:
         report = checkpoint.quantize_checkpoint(
             options.source,
             options.destination,
@@ -65,10 +69,10 @@ def _quantize(options: argparse.Namespace, out: Output) -> dict[str, Any]:
             overwrite=options.overwrite,
             restart=options.restart,
             workers=options.workers,
-            progress=progress,
+            progress=show,
             **more,
         )
-    _tell(report, out)
+    _show_report(report, out)
     out.line(f"written: {options.destination}")
     return _plain(report) | {"destination": str(options.destination)}
 
@@ -77,13 +81,13 @@ def _plan(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     source = open_source(
         options.source, _recipe(options), exclude=options.exclude, nonfinite=options.nonfinite
     )
-    _tell(source.report, out)
+    _show_report(source.report, out)
     for key in source.dropped:
         out.line(f"left out, as the model has no place for it: {key}")
     return _plain(source.report) | {"dropped": list(source.dropped)}
 
 
-def _tell(report: ReplacementReport, out: Output) -> None:
+def _show_report(report: ReplacementReport, out: Output) -> None:
     out.line(report.headline)
     out.table(*_parted(table(report.candidates)))
     for line in report.totals:
@@ -228,8 +232,6 @@ def _with_options(
 
 def _tokenizer(source: Path, place: Path, out: Output) -> tuple[Path, ...]:
     """The files of the tokenizer in a GGUF file, where transformers can make them."""
-    from quantization.formats.gguf.writer import save_tokenizer
-
     try:
         save_tokenizer(source, place)
     except (ImportError, FormatError) as error:

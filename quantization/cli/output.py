@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
+
+from quantization.console.tables import is_text, table_lines
 
 __all__ = ["Output"]
 
@@ -44,31 +45,8 @@ class Output:
         """
         if self._as_json:
             return
-        cells = [[str(cell) for cell in row] for row in rows]
-        if not (sys.stdout.isatty() and _by_rich(head, cells)):
-            columns = list(zip(head, *cells, strict=True))
-            widths = [max(map(len, column)) for column in columns]
-            for row in (head, *cells):
-                places = zip(head, row, widths, strict=True)
-                print("  ".join(f"{cell:{_side(name)}{w}}" for name, cell, w in places).rstrip())
-
-    @contextmanager
-    def bar(self, what: str) -> Iterator[Callable[[int, int], None] | None]:
-        """A bar over bytes with the time that is left, if tqdm and a terminal are there."""
-        try:
-            from tqdm import tqdm
-        except ModuleNotFoundError:
-            tqdm = None
-        if tqdm is None or not sys.stderr.isatty():
-            yield None
-            return
-        with tqdm(unit="B", unit_scale=True, desc=what) as bar:
-
-            def tell(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            yield tell
+        if not (sys.stdout.isatty() and _by_rich(head, rows)):
+            print(*table_lines([head, *rows]), sep="\n")
 
     def finish(self, result: dict[str, Any]) -> None:
         """The result, if it is to be JSON, which has no NaN: null stands for it.
@@ -89,14 +67,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-_WORDS = {"layer", "tensor", "what", "kernel", "scheme"}
-
-
-def _side(name: str) -> str:
-    return "<" if name in _WORDS else ">"
-
-
-def _by_rich(head: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
+def _by_rich(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> bool:
     try:
         from rich.console import Console
         from rich.table import Table
@@ -104,8 +75,8 @@ def _by_rich(head: Sequence[str], rows: Sequence[Sequence[str]]) -> bool:
         return False
     table = Table(header_style="bold", box=None, pad_edge=False)
     for name in head:
-        table.add_column(name, justify="left" if _side(name) == "<" else "right", overflow="fold")
+        table.add_column(name, justify="left" if is_text(name) else "right", overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(str, row))
     Console(markup=False, highlight=False).print(table)  # a name with [..] is no markup
     return True

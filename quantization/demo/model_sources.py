@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from torch import nn
 
 from quantization.demo import char_model
 from quantization.demo.model_download import WHEEL_MODELS, ModelError, fetch
+from quantization.ops.extras import need
 
 __all__ = ["LoadedModel", "ModelError", "load_model"]
 
@@ -110,10 +110,10 @@ def _transformers(gguf: bool) -> Any:
     wanted = ["transformers", "tokenizers", "safetensors"] + ["gguf", "accelerate"] * gguf
     for module in wanted:
         try:
-            import_module(module)
+            need(module, "demo")
         except ImportError as error:
-            raise ModelError(f"this model needs {module}: {_EXTRA} ({error})") from error
-    transformers = import_module("transformers")
+            raise ModelError(f"this model needs {module}: {_EXTRA} ({error.__cause__})") from error
+    transformers: Any = need("transformers", "demo")
     transformers.logging.set_verbosity_error()
     return transformers
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,11 +15,9 @@ import torch
 import torch.nn.functional as functional
 from torch import Tensor, nn
 
+from quantization.console.progress import Progress
 from quantization.demo import char_model
 from quantization.demo.model_sources import LoadedModel, ModelError
-
-#: Called with (done, total) while a measure runs.
-Progress = Callable[[int, int], None]
 
 
 @dataclass

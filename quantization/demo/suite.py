@@ -20,14 +20,17 @@ import numpy
 import torch
 from torch import nn
 
-import quantization
+from quantization.console.progress import progress
 from quantization.demo import char_model, quality, weight_checks
 from quantization.demo.model_download import WHEEL_MODELS
 from quantization.demo.model_sources import LoadedModel, ModelError, load_model
 from quantization.demo.suite_log import SuiteLog
 from quantization.layers.int8_layer import QWQALinearLayer
+from quantization.ops.runtime import active_isa, isas
+from quantization.swap.patterns import match_patterns
 from quantization.swap.replacement import Target, replace_linear_layers_with_w8a16
-from quantization.swap.walker import match_patterns, walk
+from quantization.swap.walker import walk
+from quantization.version import VERSION
 
 MEMORY_BOUND = 0.27
 SAMPLE = 10  # layers that modes and granularities are compared on
@@ -92,15 +95,15 @@ def _positive(text: str) -> int:
 def describe_machine(log: SuiteLog) -> None:
     """Say what computes: versions, threads, instruction sets."""
     log.stage("machine")
-    isas, active = quantization.isas(), quantization.active_isa()
+    available, active = isas(), active_isa()
     log.line(
-        f"  quantization {quantization.__version__}, torch {torch.__version__}, numpy "
+        f"  quantization {VERSION}, torch {torch.__version__}, numpy "
         f"{numpy.__version__}, Python {platform.python_version()}, {platform.machine()}"
     )
-    log.line(f"  kernels: {active} is active; this CPU runs {', '.join(isas)}")
+    log.line(f"  kernels: {active} is active; this CPU runs {', '.join(available)}")
     log.line(f"  threads: {torch.get_num_threads()}")
     log.figures["machine"] = {
-        "isas": list(isas),
+        "isas": list(available),
         "active_isa": active,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -182,7 +185,7 @@ def compare_kernels(log: SuiteLog, weight: torch.Tensor) -> None:
     same = weight_checks.equals_torch_expression(weight)
     log.true("int8 codes equal the torch expression bit for bit", same)
     log.true("ndarrays get the same codes as tensors", weight_checks.equals_numpy(weight))
-    for isa in quantization.isas():
+    for isa in isas():
         same, share = weight_checks.isa_disagreement(weight, isa)
         log.true(f"{isa}: same codes", same)
         log.at_most(f"{isa}: linear, error as a share of the float64 bound", share, 1.0)
@@ -221,7 +224,8 @@ def measure(
     log: SuiteLog, judge: quality.Judge, loaded: LoadedModel, settings: argparse.Namespace
 ) -> tuple[quality.Measured, dict]:
     """Quality, continuation and speed of the model as it now is."""
-    measured = judge.measure(loaded.model, log.progress(judge.unit))
+    with progress(f"  {judge.unit}") as show:
+        measured = judge.measure(loaded.model, show)
     rate = measured.tokens / measured.seconds
     if measured.figure is not None:
         log.line(f"  {judge.unit}: {measured.figure:.4f}")
@@ -308,7 +312,7 @@ def run(settings: argparse.Namespace, log: SuiteLog) -> None:
         torch.set_num_threads(settings.threads)  # the kernels follow torch
     text = read_text(settings.text)
     describe_machine(log)
-    if quantization.active_isa() == "reference" and not settings.quick:
+    if active_isa() == "reference" and not settings.quick:
         settings.quick = True
         log.line("  the reference kernels define the results and are slow: --quick is taken")
     log.stage("model")

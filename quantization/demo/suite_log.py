@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-import time
 from dataclasses import dataclass, field
 from typing import Any, TextIO
+
+from quantization.console.tables import table_lines
 
 
 @dataclass
@@ -58,37 +58,13 @@ class SuiteLog:
         """Names of the checks that did not hold."""
         return [check["name"] for check in self.checks if not check["passed"]]
 
-    def progress(self, label: str) -> Any:
-        """A callable(done, total) that shows progress on stderr, at most every half second.
-
-        On a terminal one line is rewritten; elsewhere only each tenth is told.
-        """
-        started, last = time.monotonic(), [0.0, -1]
-
-        def show(done: int, total: int) -> None:
-            now, tenth = time.monotonic(), 10 * done // total
-            if sys.stderr.isatty():
-                if now - last[0] > 0.5 or done >= total:
-                    last[0] = now
-                    end = "\r\033[K" if done >= total else ""
-                    text = f"\r  {label}: {100 * done // total} %, {now - started:.0f} s"
-                    print(text, end=end, file=sys.stderr, flush=True)
-            elif tenth > last[1] and now - last[0] > 2:
-                last[0], last[1] = now, tenth
-                print(f"  {label}: {10 * tenth} %", file=sys.stderr, flush=True)
-
-        return show
-
     def table(self, header: list[str], rows: list[list[str]]) -> None:
-        """Print columns, the first to the left and the others to the right.
+        """Print columns.
 
         Example:
-            >>> SuiteLog(sys.stdout).table(["code", "row"], [["int8", "1 %"]])
-              code  row
-              int8  1 %
+            >>> SuiteLog(sys.stdout).table(["codes", "row"], [["int8", "1 %"]])
+              codes  row
+              int8   1 %
         """
-        widths = [max(len(row[index]) for row in [header, *rows]) for index in range(len(header))]
-        for row in [header, *rows]:
-            cells = [row[0].ljust(widths[0])]
-            cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-            self.line("  " + "  ".join(cells))
+        for line in table_lines([header, *rows], indent=2):
+            self.line(line)

@@ -23,11 +23,11 @@ from torch import nn
 from quantization.layers.int8_layer import QWQALinearLayer
 from quantization.layers.packed_embedding import PackedEmbedding
 from quantization.layers.packed_layer import PackedLinearLayer
-from quantization.layers.packed_module import BUFFERS, PackedModule
+from quantization.layers.packed_module import PackedModule
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.ops.dtypes import index_of
-from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.packed_weights import PARTS, PackedWeights
 from quantization.schemes.scheme import TERNARY_CODES, Scheme
 
 __all__ = ["EmbeddingShare", "bounds", "group_of", "shard", "why_whole"]
@@ -221,7 +221,7 @@ def _make(layer: Any, dim: int, start: int, end: int, bias: torch.Tensor | None)
         made = QWQALinearLayer(*shape[::-1], False, layer.dtype, device="meta")
         scales = layer.scales if dim else layer.scales[start:end].clone()
         codes = _cut(layer.int8_weights, dim, start, end)
-        made._take({"int8_weights": codes, "scales": scales}, shape)
+        made._set_buffers({"int8_weights": codes, "scales": scales}, shape)
         made.bias = bias
         return made
     made = nn.Linear(*shape[::-1], bias=False, device="meta")
@@ -233,7 +233,7 @@ def _make(layer: Any, dim: int, start: int, end: int, bias: torch.Tensor | None)
 
 def _rows(packed: PackedWeights, start: int, end: int) -> dict[str, torch.Tensor | None]:
     """Every tensor of some rows; a codebook that all rows have stays as it is."""
-    parts = {name: getattr(packed, name) for name in BUFFERS}
+    parts = {name: getattr(packed, name) for name in PARTS}
     for name, tensor in parts.items():
         if tensor is not None and tensor.shape[0] == packed.shape[0]:
             parts[name] = _cut(tensor, 0, start, end)
@@ -243,7 +243,7 @@ def _rows(packed: PackedWeights, start: int, end: int) -> dict[str, torch.Tensor
 def _columns(packed: PackedWeights, start: int, end: int) -> dict[str, torch.Tensor | None]:
     """Codes of some columns, with what their groups have; what a row has one of stays as it is."""
     scheme, cols = packed.scheme, packed.shape[1]
-    parts = {name: getattr(packed, name) for name in BUFFERS}
+    parts = {name: getattr(packed, name) for name in PARTS}
     layout = "base3" if scheme.grid == "ternary" else "dense"
     parts["packed_weights"] = _cut_codes(packed.packed_weights, scheme, layout, start, end, cols)
     groups = scheme.groups(cols)

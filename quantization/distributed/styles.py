@@ -165,7 +165,7 @@ def _become(module: Any, share: Any) -> None:
         module.first_row, module.all_rows = share.first_row, share.all_rows
         module.padding_idx = None
     parts = {name: share._buffers[name] for name in share._weight_names()}
-    module._take(parts, share._weight_shape())
+    module._set_buffers(parts, share._weight_shape())
     if not isinstance(share, EmbeddingShare):
         module.bias = share.bias
 

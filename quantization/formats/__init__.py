@@ -11,6 +11,8 @@ from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
+from quantization.formats.errors import FormatError
+
 __all__ = ["FORMATS", "FormatError", "reader", "writer"]
 
 #: Name -> (module of this package, whether it reads, whether it writes). A module ``m`` has
@@ -22,10 +24,6 @@ FORMATS: dict[str, tuple[str, bool, bool]] = {
     "gptq": ("gptq", True, False),
     "onnx": ("onnx", False, True),
 }
-
-
-class FormatError(ValueError):
-    """What is given is not of the format, or the format cannot hold it; the message says why."""
 
 
 def reader(name: str) -> Callable[..., Any]:

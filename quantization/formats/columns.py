@@ -6,7 +6,8 @@ from collections.abc import Callable
 
 import torch
 
-from quantization.checkpoint.stored_model import StoredLayer, StoredTensor, key_of
+from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
+from quantization.checkpoint.stored_model import StoredLayer
 from quantization.formats.folders import Folder, granularity_of
 from quantization.formats.integers import Integers, packed_of
 from quantization.ops.dtypes import SOURCES

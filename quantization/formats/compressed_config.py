@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from quantization.formats import FormatError
+from quantization.formats.errors import FormatError
 from quantization.formats.folders import is_named
 
 __all__ = [

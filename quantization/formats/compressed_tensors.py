@@ -31,9 +31,9 @@ from typing import Any
 import torch
 
 from quantization.checkpoint.disk.files import new_folder
-from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
+from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, plan_shards, write_beside, write_shard
-from quantization.formats import FormatError
 from quantization.formats.compressed_config import (
     METHOD,
     PACKED,
@@ -43,6 +43,7 @@ from quantization.formats.compressed_config import (
     groups_from,
     settings_of,
 )
+from quantization.formats.errors import FormatError
 from quantization.formats.folders import (
     SETTINGS,
     Folder,
@@ -280,7 +281,7 @@ def _form_of(name: str, layer: StoredLayer) -> WeightForm:
     scheme, cols = layer.scheme, layer.shape[1]
     reason = why_not(scheme)
     remedy = "quantize that layer to integers (w4g128, say), or leave it in float"
-    if layer.kind == "embedding" or "nf" in layer.more:
+    if layer.kind == "embedding" or "was_conv1d" in layer.more:
         what = "an embedding" if layer.kind == "embedding" else "a Conv1D of transformers"
         reason, remedy = f"it is {what}, and the format has linear layers only", "leave it in float"
     group = scheme.group(cols) if scheme.groups(cols) > 1 else None

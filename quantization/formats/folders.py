@@ -11,10 +11,11 @@ from typing import Any
 
 from quantization.checkpoint.disk.json_files import read_json
 from quantization.checkpoint.disk.safetensors_files import TensorFolder
+from quantization.checkpoint.disk.stored_tensor import StoredTensor
 from quantization.checkpoint.float_source import assets_of
 from quantization.checkpoint.format import CONFIG
-from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor
-from quantization.formats import FormatError
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel
+from quantization.formats.errors import FormatError
 from quantization.numerics.granularity import Granularity, PerGroup
 from quantization.numerics.parameters import Mode
 from quantization.ops.dtypes import SOURCES

@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 
-from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
-from quantization.formats import FormatError
+from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.formats.columns import groups_of, layer_of, scales_of
+from quantization.formats.errors import FormatError
 from quantization.formats.folders import Folder, containers, is_named, open_folder
 from quantization.formats.integers import group_order
 from quantization.numerics.weight_packing import unpack_weights

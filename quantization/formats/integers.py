@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantization.formats import FormatError
+from quantization.formats.errors import FormatError
 from quantization.numerics.parameters import Mode
 from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.schemes.packed_weights import PackedWeights

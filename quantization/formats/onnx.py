@@ -22,8 +22,9 @@ import numpy as np
 import torch
 
 from quantization.checkpoint.disk.files import new_file, new_folder
-from quantization.checkpoint.stored_model import StoredLayer, StoredModel, key_of, stored_model
-from quantization.formats import FormatError
+from quantization.checkpoint.disk.stored_tensor import key_of
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, stored_model
+from quantization.formats.errors import FormatError
 from quantization.formats.integers import Integers, integers_of, why_not, width_of
 from quantization.layers.quantized_module import QuantizedLinear
 from quantization.numerics.parameters import Mode

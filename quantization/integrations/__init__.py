@@ -11,13 +11,13 @@ from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
-__all__ = ["tell"]
+__all__ = ["note_swap"]
 
 # What is in sys.modules once a library holds models -> the module here that knows it.
 _HOMES = {"transformers.modeling_utils": "transformers", "peft": "peft"}
 
 
-def tell(report: Any) -> None:
+def note_swap(report: Any) -> None:
     """Let every library that is in use take note of a swap of layers.
 
     A library of a version that is not known here is left alone.
@@ -28,7 +28,7 @@ def tell(report: Any) -> None:
     Example:
         >>> import torch
         >>> from quantization import quantize_model
-        >>> tell(quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), "w4"))
+        >>> note_swap(quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), "w4"))
     """
     for library, home in _HOMES.items():
         if library in sys.modules:

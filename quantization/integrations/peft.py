@@ -123,7 +123,7 @@ def _parts_of(layer: Any) -> dict[str, torch.Tensor | None]:
 
 def _put_back(layer: Any, before: dict[str, torch.Tensor | None]) -> None:
     parts = {name: tensor for name, tensor in before.items() if name != "bias"}
-    layer._take(parts, layer._weight_shape())
+    layer._set_buffers(parts, layer._weight_shape())
     if before["bias"] is not None:
         layer.bias.data = before["bias"]
 

@@ -1,41 +1,28 @@
 """The linear layer with int8 weights and float activations (W8A16).
 
 ``y = x (int8_weights * scales[:, None])^T + bias``: one scale a row of weights, activations never
-quantized. The replacement of a model's layers stands in :mod:`quantization.swap.replacement` and is
-importable from here too.
+quantized.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from quantization.layers.quantized_module import QuantizedLinear, check_weight
-from quantization.numerics.linear_quantization import Granularity, quantize_linear
+from quantization.layers.quantized_linear import QuantizedLinear, accepted, check_bias
+from quantization.numerics.granularity import Granularity
+from quantization.numerics.linear_quantization import quantize_linear
 from quantization.ops import torch_ops
-from quantization.ops.dtypes import name_of, target_of
-from quantization.ops.linear import LinearKernel, linear_kernel, quantized_forward
+from quantization.ops.dtypes import target_of
 from quantization.schemes.conversion import int8_parts
+from quantization.schemes.layer_weights import check_weight
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
-from quantization.swap.replacement import replace_linear_layers_with_w8a16
-from quantization.swap.target import Target, accepted, target_class_from
-from quantization.swap.walker import float_parts
 
-if TYPE_CHECKING:
-    from quantization.layers.packed_layer import PackedLinearLayer
-
-__all__ = [
-    "QWQALinearLayer",
-    "Target",
-    "name_for_quantized_weight_buffer",
-    "quantized_forward",
-    "replace_linear_layers_with_w8a16",
-    "target_class_from",
-]
+__all__ = ["QWQALinearLayer", "name_for_quantized_weight_buffer"]
 
 
 def name_for_quantized_weight_buffer(dtype: Any) -> str:
@@ -55,7 +42,7 @@ _log = logging.getLogger(__name__)
 _CODES = name_for_quantized_weight_buffer("int8")
 
 
-class QWQALinearLayer(QuantizedLinear):
+class QWQALinearLayer(QuantizedLinear, form="int8"):
     """A linear layer that keeps its weight as int8 codes with one scale a row.
 
     A subclass of nn.Linear, so that libraries see one, but with buffers only and no Parameters:
@@ -99,11 +86,10 @@ per row, 768 bytes)
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | int | None = None,
     ) -> None:
-        self._begin(in_features, out_features, dtype)
+        offsets = self._init_linear(in_features, out_features, bias, dtype, device)
         shape = (out_features, in_features)
         self.register_buffer(_CODES, torch.empty(shape, dtype=torch.int8, device=device))
         self.register_buffer("scales", torch.empty(out_features, dtype=dtype, device=device))
-        offsets = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_buffer("bias", offsets)
         self.reset_parameters()
 
@@ -136,19 +122,9 @@ per row, 768 bytes)
             >>> bool((layer(x) - linear(x)).abs().max() < 0.05)
             True
         """
-        weight, bias = float_parts(linear)
-        arguments = {
-            "in_features": weight.shape[1],
-            "out_features": weight.shape[0],
-            "bias": bias is not None,
-            "dtype": weight.dtype,
-        }
-        if cls.__init__ is QWQALinearLayer.__init__:  # no random numbers where none are needed
-            arguments["device"] = "meta"
-        layer = cls(**arguments)
-        layer.quantize(weight, **accepted(layer.quantize, nonfinite=nonfinite, name=name))
-        layer._dress(linear, bias)
-        return layer
+        is_own = cls.__init__ is QWQALinearLayer.__init__  # no random numbers where none are needed
+        options = accepted(cls.quantize, nonfinite=nonfinite, name=name)
+        return cls._of_float(linear, {"device": "meta"} if is_own else {}, **options)
 
     @classmethod
     def from_packed(cls, packed: PackedWeights, bias: torch.Tensor | None = None) -> Self:
@@ -160,7 +136,7 @@ per row, 768 bytes)
 
         Raises:
             ValueError: where there is none: a row has several scales, or a code stands for no whole
-                number of -128..127.
+                number of -128..127; or if the bias has another shape.
 
         Example:
             >>> layer = QWQALinearLayer(16, 32)
@@ -169,9 +145,10 @@ per row, 768 bytes)
             True
         """
         codes, scales = int8_parts(packed)
+        check_bias(bias, packed.shape[0])
         (rows, cols), dtype = packed.shape, getattr(torch, packed.dtype)
         layer = cls(cols, rows, False, dtype, device="meta")
-        layer._take({_CODES: codes, "scales": scales}, packed.shape)
+        layer._set_buffers({_CODES: codes, "scales": scales}, packed.shape)
         layer.bias = bias
         return layer
 
@@ -220,7 +197,9 @@ per row, 768 bytes)
             (tensor([[127, -50],
                     [  0,   0]], dtype=torch.int8), tensor([0.0100, 1.0000]))
         """
-        self._take(self._buffers_of(weights, self.dtype, nonfinite, name), tuple(weights.shape))
+        self._set_buffers(
+            self._buffers_of(weights, self.dtype, nonfinite, name), tuple(weights.shape)
+        )
         if _log.isEnabledFor(logging.DEBUG) and self.int8_weights.numel():
             for tokens in (1, 128):
                 _log.debug("%s [%d, %d]: %s", name, *self._weight_shape(), self.kernel(tokens))
@@ -266,55 +245,10 @@ per row, 768 bytes)
         scales = buffers["scales"]
         return buffers[_CODES].to(scales.dtype) * scales.unsqueeze(1)
 
-    def to_scheme(self, scheme: Scheme | str) -> PackedLinearLayer:
-        """The packed layer of another scheme; this one is left as it is.
-
-        Exact for schemes of symmetric codes of 8 bits, such as ``Scheme.int8()``, in groups too.
-        Otherwise the numbers that the codes stand for are quantized anew, which adds an error to
-        that which they have: from the float layer is better, where there is one.
-
-        Args:
-            scheme: a :class:`quantization.Scheme`, or its short name.
-
-        Raises:
-            TypeError, ValueError: if it is neither.
-
-        Example:
-            >>> layer = QWQALinearLayer(64, 32)
-            >>> bool((layer.to_scheme("int8").weight == layer.weight).all())
-            True
-        """
-        from quantization.layers.packed_layer import (
-            packed_from_int8,  # which turns into this class too
-        )
-
-        return packed_from_int8(self, scheme)
-
-    def kernel(self, tokens: int = 1, dtype: torch.dtype | None = None) -> LinearKernel:
-        """What :meth:`forward` would run for so many rows of activations, on this CPU, now.
-
-        Args:
-            tokens: rows of activations, 1 or more.
-            dtype: of the activations; None: that of the layer.
-
-        Raises:
-            TypeError: for a dtype that is none of the kernels'.
-            ValueError: for fewer tokens than 1, or a layer without features.
-
-        Example:
-            >>> QWQALinearLayer(64, 64, dtype=torch.bfloat16).kernel(128).dtype
-            'bfloat16'
-        """
-        dtype = self.scales.dtype if dtype is None else dtype
-        return linear_kernel(tokens, self.out_features, self.in_features, dtype)
-
-    def extra_repr(self) -> str:
-        """Sizes, dtype and bytes, for printing."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, dtype={name_of(self.scales.dtype)}, "
-            f"weights=int8 per row, {self.footprint:,} bytes"
-        )
+    @property
+    def codes(self) -> torch.Tensor:
+        """The int8 codes ``[out_features, in_features]``: the buffer itself, not a copy."""
+        return self._buffers[_CODES]
 
     def _weight_names(self) -> tuple[str, ...]:
         return _CODES, "scales"

@@ -7,13 +7,14 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from quantization.layers.packed_module import BUFFERS, DEFAULT_SCHEME, PackedModule
+from quantization.layers.float_layers import embedding_table
+from quantization.layers.packed_module import DEFAULT_SCHEME, PackedModule
+from quantization.layers.quantized_module import check_sizes
 from quantization.ops import packed_rows
 from quantization.ops.dtypes import index_of, name_of, source_of
 from quantization.schemes.conversion import repack
-from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.packed_weights import PARTS, PackedWeights
 from quantization.schemes.scheme import Scheme, scheme_of
-from quantization.swap.walker import embedding_table
 
 __all__ = ["PackedEmbedding"]
 
@@ -60,9 +61,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         device: torch.device | str | int | None = None,
     ) -> None:
         source_of(dtype, "a quantized embedding")
-        for name, value in (("num_embeddings", num_embeddings), ("embedding_dim", embedding_dim)):
-            if index_of(value, name) < 0:
-                raise ValueError(f"{name} is {value}; it must be 0 or more")
+        check_sizes(num_embeddings=num_embeddings, embedding_dim=embedding_dim)
         if max_norm is not None:
             raise ValueError(
                 f"max_norm is {max_norm}: rows that calls would shrink cannot be kept packed; "
@@ -74,21 +73,8 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         self.padding_idx = _row_of(padding_idx, num_embeddings)
         self.max_norm, self.norm_type = None, 2.0
         self.scale_grad_by_freq = self.sparse = False
-        self._begin_packed(scheme, dtype, device)
+        self._register_packed(scheme, dtype, device)
         self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw a table as nn.Embedding does, and quantize; on meta, do nothing."""
-        if self.packed_weights.is_meta:
-            return
-        fresh = nn.Embedding(
-            self.num_embeddings,
-            self.embedding_dim,
-            self.padding_idx,
-            device=self.packed_weights.device,
-            dtype=self.dtype,
-        )
-        self.quantize(fresh.weight.detach())
 
     @classmethod
     def from_float(
@@ -138,39 +124,8 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         """
         dtype = getattr(torch, packed.dtype)
         made = cls(*packed.shape, padding_idx, scheme=packed.scheme, dtype=dtype, device="meta")
-        made._take(made._parts_of(packed), packed.shape)
+        made._set_buffers(made._parts_of(packed), packed.shape)
         return made
-
-    def quantize(
-        self,
-        weights: torch.Tensor,
-        *,
-        nonfinite: str = "raise",
-        name: str = "weights",
-        importance: torch.Tensor | None = None,
-    ) -> None:
-        """Give the embedding another table, packed under its scheme.
-
-        Args:
-            weights: ``[num_embeddings, embedding_dim]``, float32, bfloat16, float16 or float64, on
-                any device including meta. Another shape is taken too: the sizes follow.
-            nonfinite: ``"raise"``, or ``"mark"``: a group with a NaN or infinity becomes NaN.
-            name: what error messages call the tensor.
-            importance: ``[embedding_dim]``, how much the error of each column counts, for schemes
-                that choose by error.
-
-        Raises:
-            TypeError: if ``weights`` is not a float tensor.
-            ValueError: if it has not two dimensions, or holds a NaN or infinity (with its index).
-
-        Example:
-            >>> table = PackedEmbedding(1, 2, scheme="w4a")
-            >>> table.quantize(torch.tensor([[0.0, 15.0]]))
-            >>> table.weight
-            tensor([[ 0., 15.]])
-        """
-        buffers = self._buffers_of(weights, self.dtype, nonfinite, name, importance)
-        self._take(buffers, tuple(weights.shape))
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         """The rows of those numbers, dequantized in float32 and rounded once to the layer's dtype.
@@ -185,7 +140,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             IndexError: for a number that is no row of the table.
         """
         rows, buffers = input.reshape(-1), self._buffers
-        parts = [buffers[name] for name in BUFFERS]
+        parts = [buffers[name] for name in PARTS]
         for i, tensor in enumerate(parts):
             if tensor is not None and tensor.shape[0] == self.num_embeddings:
                 parts[i] = tensor.index_select(0, rows)  # all but one codebook for all rows
@@ -206,20 +161,6 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         )
         return new.train(self.training)
 
-    def dequantize(self) -> nn.Embedding:
-        """The float embedding of the numbers that the codes stand for; this one stays as it is.
-
-        Example:
-            >>> packed = PackedEmbedding(10, 64)
-            >>> bool((packed.dequantize().weight == packed.weight).all())
-            True
-        """
-        sizes = (self.num_embeddings, self.embedding_dim)
-        table = nn.Embedding(*sizes, self.padding_idx, device="meta")
-        with torch.inference_mode(False):
-            table.weight = nn.Parameter(self.weight)
-        return table.train(self.training)
-
     def extra_repr(self) -> str:
         """Sizes, dtype, scheme and bytes, for printing."""
         padding = "" if self.padding_idx is None else f"padding_idx={self.padding_idx}, "
@@ -228,11 +169,15 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             f"weights={self.scheme}, {self.nbytes:,} bytes"
         )
 
+    def _float_module(self, device: Any, dtype: torch.dtype) -> nn.Embedding:
+        sizes = (self.num_embeddings, self.embedding_dim)
+        return nn.Embedding(*sizes, self.padding_idx, device=device, dtype=dtype)
+
     def _weight_shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
 
-    def _take(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
-        super()._take(buffers, shape)
+    def _set_buffers(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
+        super()._set_buffers(buffers, shape)
         self.num_embeddings, self.embedding_dim = shape
 
 

@@ -11,21 +11,16 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from quantization.layers.int8_layer import QWQALinearLayer
 from quantization.layers.packed_module import DEFAULT_SCHEME, PackedModule
-from quantization.layers.quantized_module import QuantizedLinear
+from quantization.layers.quantized_linear import QuantizedLinear, check_bias
 from quantization.ops import torch_ops
-from quantization.ops.dtypes import name_of
-from quantization.ops.linear import LinearKernel, linear_kernel
-from quantization.schemes.conversion import repack
 from quantization.schemes.packed_weights import PackedWeights
-from quantization.schemes.scheme import Scheme, scheme_of
-from quantization.swap.walker import float_parts
+from quantization.schemes.scheme import Scheme
 
 __all__ = ["PackedLinearLayer"]
 
 
-class PackedLinearLayer(PackedModule, QuantizedLinear):
+class PackedLinearLayer(PackedModule, QuantizedLinear, form="packed"):
     """A linear layer that keeps its weight packed: codes of 1 to 8 bits and what belongs to them.
 
     A subclass of nn.Linear, so that libraries see one, but with buffers only and no Parameters:
@@ -69,9 +64,8 @@ weights=w4g64a, 1,312 bytes)
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | int | None = None,
     ) -> None:
-        self._begin(in_features, out_features, dtype)
-        offsets = torch.empty(out_features, dtype=dtype, device=device) if bias else None
-        self._begin_packed(scheme, dtype, device, bias=offsets)
+        offsets = self._init_linear(in_features, out_features, bias, dtype, device)
+        self._register_packed(scheme, dtype, device, bias=offsets)
         self.reset_parameters()
 
     @classmethod
@@ -111,12 +105,8 @@ weights=w4g64a, 1,312 bytes)
             >>> bool((layer(x) - linear(x)).abs().max() < 0.1)
             True
         """
-        weight, bias = float_parts(linear)
-        (out_features, in_features), dtype = weight.shape, weight.dtype
-        layer = cls(in_features, out_features, bias is not None, scheme, dtype, device="meta")
-        layer.quantize(weight, nonfinite=nonfinite, name=name, importance=importance)
-        layer._dress(linear, bias)
-        return layer
+        options = {"nonfinite": nonfinite, "name": name, "importance": importance}
+        return cls._of_float(linear, {"scheme": scheme, "device": "meta"}, **options)
 
     @classmethod
     def from_packed(cls, packed: PackedWeights, bias: torch.Tensor | None = None) -> Self:
@@ -139,50 +129,13 @@ weights=w4g64a, 1,312 bytes)
             raise TypeError(f"packed is a {type(packed).__name__}; pack_matrix makes one")
         if not isinstance(packed.packed_weights, torch.Tensor):
             raise TypeError("packed holds ndarrays; pack a torch.Tensor")
-        if bias is not None and tuple(bias.shape) != packed.shape[:1]:
-            raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({packed.shape[0]},)")
+        check_bias(bias, packed.shape[0])
         (out_features, in_features), dtype = packed.shape, getattr(torch, packed.dtype)
         has_bias = bias is not None
         layer = cls(in_features, out_features, has_bias, packed.scheme, dtype, device="meta")
-        layer._take(layer._parts_of(packed), packed.shape)
+        layer._set_buffers(layer._parts_of(packed), packed.shape)
         layer.bias = bias
         return layer
-
-    def quantize(
-        self,
-        weights: torch.Tensor,
-        *,
-        nonfinite: str = "raise",
-        name: str = "weights",
-        importance: torch.Tensor | None = None,
-    ) -> None:
-        """Give the layer other weights, packed under its scheme.
-
-        Args:
-            weights: ``[out_features, in_features]``, float32, bfloat16, float16 or float64, in any
-                memory layout, on any device including meta; the buffers come to live there.
-                Another shape is taken too: the layer's sizes follow, and a bias of another length,
-                which cannot belong to these weights, becomes zeros.
-            nonfinite: ``"raise"``, or ``"mark"``: a group with a NaN or infinity gets scale NaN, so
-                that outputs of that row are NaN and no others.
-            name: what error messages call the tensor.
-            importance: ``[in_features]``, how much the error of each column counts, for schemes
-                that choose by error.
-
-        Raises:
-            TypeError: if ``weights`` is not a float tensor.
-            ValueError: if it has not two dimensions, or holds a NaN or infinity (with its index).
-                The layer is then as it was.
-
-        Example:
-            >>> layer = PackedLinearLayer(2, 1, bias=False, scheme="w4a")
-            >>> layer.quantize(torch.tensor([[0.0, 15.0], [0.0, 0.0]]))
-            >>> layer.weight
-            tensor([[ 0., 15.],
-                    [ 0.,  0.]])
-        """
-        buffers = self._buffers_of(weights, self.dtype, nonfinite, name, importance)
-        self._take(buffers, tuple(weights.shape))
 
     def forward(self, input: torch.Tensor, out_dtype: torch.dtype | None = None) -> torch.Tensor:
         """``input @ weight.T + bias`` in one native call, without making the float weight.
@@ -215,63 +168,6 @@ weights=w4g64a, 1,312 bytes)
             out_dtype,
         )
 
-    def kernel(self, tokens: int = 1, dtype: torch.dtype | None = None) -> LinearKernel:
-        """What :meth:`forward` would run for so many rows of activations, on this CPU, now.
-
-        Args:
-            tokens: rows of activations, 1 or more.
-            dtype: of the activations; None: that of the layer.
-
-        Raises:
-            TypeError: for a dtype that is none of the kernels'.
-            ValueError: for fewer tokens than 1, or a layer without features.
-
-        Example:
-            >>> PackedLinearLayer(64, 64, dtype=torch.bfloat16).kernel(128).dtype
-            'bfloat16'
-        """
-        dtype = self.dtype if dtype is None else dtype
-        return linear_kernel(tokens, self.out_features, self.in_features, dtype, self._scheme)
-
-    def to_scheme(self, scheme: Scheme | str) -> PackedLinearLayer:
-        """A layer of another scheme; this one is left as it is.
-
-        Exact where the codes are whole numbers that fit: from symmetric or whole zero-pointed codes
-        to symmetric ones of enough bits, a scale being copied to the groups that it is split over.
-        Otherwise the numbers that the codes stand for are quantized anew, which adds an error to
-        that which they have: from the float layer is better, where there is one.
-
-        Example:
-            >>> layer = PackedLinearLayer(64, 32, scheme="w4")
-            >>> bool((layer.to_scheme("w8g32").weight == layer.weight).all())
-            True
-        """
-        return _relaid(self, self.packed(), scheme)
-
-    def to_int8(self) -> QWQALinearLayer:
-        """The int8 layer of exactly the same weight; this one is left as it is.
-
-        Raises:
-            ValueError: where there is none: a row has several scales, or a code stands for no whole
-                number of -128..127. ``QWQALinearLayer.from_float(layer.dequantize())`` rounds.
-
-        Example:
-            >>> layer = PackedLinearLayer(64, 32, scheme="w5")
-            >>> bool((layer.to_int8().weight == layer.weight).all())
-            True
-        """
-        layer = QWQALinearLayer.from_packed(self.packed())
-        layer._dress(self, None if self.bias is None else self.bias.detach())
-        return layer
-
-    def extra_repr(self) -> str:
-        """Sizes, dtype, scheme and bytes, for printing."""
-        return (
-            f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, dtype={name_of(self.dtype)}, "
-            f"weights={self.scheme}, {self.footprint:,} bytes"
-        )
-
 
 @torch.fx.wrap
 def _checked_linear(input: torch.Tensor, in_features: int, *rest: Any) -> torch.Tensor:
@@ -281,24 +177,3 @@ def _checked_linear(input: torch.Tensor, in_features: int, *rest: Any) -> torch.
             f"input has {input.size(-1)} features in its last dimension, this layer {in_features}"
         )
     return torch_ops.packed_linear(input, *rest)
-
-
-def packed_from_int8(layer: QWQALinearLayer, scheme: Scheme | str) -> PackedLinearLayer:
-    """What :meth:`QWQALinearLayer.to_scheme` gives.
-
-    Example:
-        >>> layer = QWQALinearLayer(16, 8)
-        >>> bool((packed_from_int8(layer, "int8").weight == layer.weight).all())
-        True
-    """
-    return _relaid(layer, layer.packed(), scheme)
-
-
-def _relaid(
-    layer: QuantizedLinear, packed: PackedWeights, scheme: Scheme | str
-) -> PackedLinearLayer:
-    bias = None if layer.bias is None else layer.bias.detach()
-    new = PackedLinearLayer.from_packed(repack(packed, scheme_of(scheme)), bias)
-    if "nf" in layer.__dict__:
-        new.nf = layer.nf
-    return new.train(layer.training)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from quantization.layers.quantized_module import QuantizedModule, check_weight
+from quantization.layers.quantized_module import QuantizedModule
 from quantization.ops.dtypes import name_of
-from quantization.schemes.packed_weights import PackedWeights, pack_matrix
+from quantization.schemes.layer_weights import layer_floats, pack_as
+from quantization.schemes.packed_weights import PARTS, PackedWeights, pack_matrix
 from quantization.schemes.scheme import Scheme, scheme_of
 
-#: Names of the buffers, in the order in which the operator takes them.
-BUFFERS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook")
 DEFAULT_SCHEME = "w4g64a"
 
 
@@ -26,7 +24,13 @@ class PackedModule(QuantizedModule):
     quantization: these keep theirs whatever the layer is cast to.
     """
 
-    OWN_ATTRIBUTES = frozenset({"_scheme", "_dtype", "_floats", "_bits", "_group", "nf"})
+    OWN_ATTRIBUTES = QuantizedModule.OWN_ATTRIBUTES | {
+        "_scheme",
+        "_dtype",
+        "_floats",
+        "_bits",
+        "_group",
+    }
 
     packed_weights: torch.Tensor
     scales: torch.Tensor
@@ -34,15 +38,15 @@ class PackedModule(QuantizedModule):
     zero_points: torch.Tensor | None
     codebook: torch.Tensor | None
 
-    def _begin_packed(
+    def _register_packed(
         self, scheme: Scheme | str, dtype: torch.dtype, device: Any, **more: torch.Tensor | None
     ) -> None:
         """Register the buffers, uninitialised, and more of them."""
         self._scheme = scheme_of(scheme)
         self._dtype = dtype
-        self._floats = _following(self._scheme)
+        self._floats = layer_floats(self._scheme)
         shape = self._weight_shape()
-        tensors: dict[str, torch.Tensor | None] = dict.fromkeys(BUFFERS)
+        tensors: dict[str, torch.Tensor | None] = dict.fromkeys(PARTS)
         for name, form in self._scheme.buffers(shape, dtype).items():
             kind = getattr(torch, form.dtype)
             tensors[name] = torch.empty(form.shape, dtype=kind, device=device)
@@ -50,9 +54,9 @@ class PackedModule(QuantizedModule):
         # torch.export counts the buffers of a root module as if none before the last were None
         for name in sorted(tensors, key=lambda name: tensors[name] is None):
             self.register_buffer(name, tensors[name])
-        self._measure(shape)
+        self._set_kernel_numbers(shape)
 
-    def _measure(self, shape: tuple[int, int]) -> None:
+    def _set_kernel_numbers(self, shape: tuple[int, int]) -> None:
         """What the operator is told beside the buffers."""
         self._bits, self._group, *_ = self._scheme.kernel_numbers(shape[1])
 
@@ -105,11 +109,48 @@ class PackedModule(QuantizedModule):
             >>> PackedLinearLayer(64, 32).packed().packed_weights.shape
             torch.Size([32, 32])
         """
-        parts = {name: self._buffers[name] for name in BUFFERS}
+        parts = {name: self._buffers[name] for name in PARTS}
         return PackedWeights(self._scheme, self._weight_shape(), **parts, dtype=self.dtype)
 
+    def quantize(
+        self,
+        weights: torch.Tensor,
+        *,
+        nonfinite: str = "raise",
+        name: str = "weights",
+        importance: torch.Tensor | None = None,
+    ) -> None:
+        """Give the layer other weights, packed under its scheme.
+
+        Args:
+            weights: a matrix in the layout of :attr:`weight`, float32, bfloat16, float16 or
+                float64, in any memory layout, on any device including meta; the buffers come to
+                live there. Another shape is taken too: the layer's sizes follow, and a bias of
+                another length, which cannot belong to these weights, becomes zeros.
+            nonfinite: ``"raise"``, or ``"mark"``: a group with a NaN or infinity gets scale NaN, so
+                that what is computed from it is NaN and nothing else.
+            name: what error messages call the tensor.
+            importance: one number a column, how much its error counts, for schemes that choose by
+                error.
+
+        Raises:
+            TypeError: if ``weights`` is not a float tensor.
+            ValueError: if it has not two dimensions, or holds a NaN or infinity (with its index).
+                The layer is then as it was.
+
+        Example:
+            >>> from quantization import PackedLinearLayer
+            >>> layer = PackedLinearLayer(2, 1, bias=False, scheme="w4a")
+            >>> layer.quantize(torch.tensor([[0.0, 15.0], [0.0, 0.0]]))
+            >>> layer.weight
+            tensor([[ 0., 15.],
+                    [ 0.,  0.]])
+        """
+        buffers = self._buffers_of(weights, self.dtype, nonfinite, name, importance)
+        self._set_buffers(buffers, tuple(weights.shape))
+
     def _weight_names(self) -> tuple[str, ...]:
-        return BUFFERS
+        return PARTS
 
     def _buffers_of(
         self, weights: Any, dtype: torch.dtype, nonfinite: str, name: str, importance: Any = None
@@ -121,11 +162,11 @@ class PackedModule(QuantizedModule):
 
     @staticmethod
     def _parts_of(packed: PackedWeights) -> dict[str, torch.Tensor | None]:
-        return {part: getattr(packed, part) for part in BUFFERS}
+        return {part: getattr(packed, part) for part in PARTS}
 
-    def _take(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
-        super()._take(buffers, shape)
-        self._measure(shape)
+    def _set_buffers(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
+        super()._set_buffers(buffers, shape)
+        self._set_kernel_numbers(shape)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         """As in nn.Module, but buffers whose type the scheme says keep their type."""
@@ -133,7 +174,7 @@ class PackedModule(QuantizedModule):
         fixed = {
             name: tensor
             for name, tensor in self._buffers.items()
-            if name in BUFFERS
+            if name in PARTS
             and name not in self._floats
             and tensor is not None
             and tensor.is_floating_point()
@@ -148,7 +189,7 @@ class PackedModule(QuantizedModule):
 
     def _check_incoming(self, own: dict[str, Any], prefix: str) -> None:
         """As in QuantizedModule; and buffers of another scheme are refused."""
-        foreign = [name for name in ("int8_weights", *BUFFERS) if self._buffers.get(name) is None]
+        foreign = [name for name in ("int8_weights", *PARTS) if self._buffers.get(name) is None]
         for name in foreign:
             if prefix + name in own:
                 raise ValueError(
@@ -172,41 +213,3 @@ class PackedModule(QuantizedModule):
                 f"{prefix}codebook has other levels than scheme {self._scheme}: the checkpoint is "
                 "of another scheme; build the layer with that one"
             )
-
-
-def pack_as(
-    weights: Any,
-    scheme: Scheme,
-    dtype: torch.dtype,
-    *,
-    importance: torch.Tensor | None = None,
-    nonfinite: str = "raise",
-    name: str = "weights",
-) -> PackedWeights:
-    """:func:`quantization.pack_matrix` for a layer of another dtype than the weights.
-
-    The scales are rounded to the layer's dtype before the codes are made; other floats after it.
-
-    Example:
-        >>> pack_as(torch.ones(2, 3), Scheme(4), torch.bfloat16).scales.dtype
-        torch.bfloat16
-    """
-    weights = check_weight(weights, name)
-    options = {"importance": importance, "nonfinite": nonfinite, "name": name}
-    with torch.inference_mode(False), torch.no_grad():
-        if weights.dtype == dtype:
-            return pack_matrix(weights, scheme, **options)
-        made_for = scheme
-        if "scales" in _following(scheme):
-            made_for = dataclasses.replace(scheme, scale_dtype=name_of(dtype))
-        packed = pack_matrix(weights, made_for, **options)
-        parts = {part: getattr(packed, part) for part in BUFFERS}
-        for part in _following(scheme):
-            parts[part] = parts[part].to(dtype)
-        return PackedWeights(scheme, packed.shape, **parts, dtype=dtype)
-
-
-def _following(scheme: Scheme) -> tuple[str, ...]:
-    """Which float buffers have the layer's dtype."""
-    wide, narrow = (scheme.buffers((1, 1), dtype) for dtype in ("float64", "float32"))
-    return tuple(name for name in wide if wide[name] != narrow[name])

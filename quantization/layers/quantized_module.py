@@ -2,7 +2,7 @@
 
 :class:`QuantizedModule` is a module whose weight is codes in buffers: the weight is a view that
 cannot be assigned, a float checkpoint is quantized as it comes in, and one that does not fit is
-refused before anything is copied. :class:`QuantizedLinear` is the linear layer of that kind.
+refused before anything is copied.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from quantization.ops.dtypes import index_of, name_of, source_of
-from quantization.swap.walker import is_conv1d
+from quantization.schemes.packed_weights import PackedWeights
 
 _READ_ONLY = (
     "the weight of a quantized layer is computed from its codes and cannot be assigned; "
@@ -25,12 +25,16 @@ class QuantizedModule(nn.Module):
     """A module whose weight is held as codes, with what belongs to them, in buffers.
 
     A subclass says which buffers those are (:meth:`_weight_names`), makes them of a float weight
-    (:meth:`_buffers_of`) and takes them for its own (:meth:`_take`); ``dtype`` is that of its
+    (:meth:`_buffers_of`), holds others (:meth:`_set_buffers`), and says what float module it stands
+    for (:meth:`_float_module`) and what value it is (:meth:`packed`); ``dtype`` is that of its
     floats, ``weight`` what the codes stand for.
     """
 
     #: Attributes of instances that mean nothing to a layer of another kind.
-    OWN_ATTRIBUTES: ClassVar[frozenset[str]] = frozenset({"nf"})
+    OWN_ATTRIBUTES: ClassVar[frozenset[str]] = frozenset({"was_conv1d"})
+
+    #: Whether it came from a Conv1D of transformers, whose checkpoints have weights [in, out].
+    was_conv1d: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,10 +69,36 @@ class QuantizedModule(nn.Module):
         """
         raise NotImplementedError
 
-    def _take(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
+    def _set_buffers(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
         """Hold those buffers, which are of a weight of that shape."""
         for name, tensor in buffers.items():
             self._buffers[name] = tensor
+
+    def _float_module(self, device: Any, dtype: torch.dtype) -> nn.Module:
+        """A fresh float module of the sizes of this one."""
+        raise NotImplementedError
+
+    def packed(self) -> PackedWeights:
+        """The weight as a value, of the layer's own tensors, not copied."""
+        raise NotImplementedError
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The stored codes as integers in the layout of the weight, unpacked anew at each reading.
+
+        ``[out_features, in_features]`` (of an embedding ``[num_embeddings, embedding_dim]``): int8
+        where codes are signed, uint8 where they count from a zero point or are places in a
+        codebook; ``scales`` beside them are as they are stored.
+
+        Example:
+            >>> from quantization import PackedLinearLayer, QWQALinearLayer
+            >>> layer = PackedLinearLayer(100, 8, scheme="w3g32a")
+            >>> layer.codes.shape, layer.codes.dtype, int(layer.codes.max())
+            (torch.Size([8, 100]), torch.uint8, 7)
+            >>> QWQALinearLayer(100, 8).codes.dtype
+            torch.int8
+        """
+        return self.packed().codes
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module, but a weight is refused.
@@ -119,6 +149,45 @@ class QuantizedModule(nn.Module):
         rows, cols = self._weight_shape()
         return 8 * self.nbytes / (rows * cols) if rows * cols else 0.0
 
+    # ---- from and to float -------------------------------------------------------------------
+
+    def reset_parameters(self) -> None:
+        """Draw numbers as the float module does, and quantize them; on meta, do nothing."""
+        device = self._buffers[self._weight_names()[0]].device
+        if device.type == "meta":
+            return
+        fresh: Any = self._float_module(device, self.dtype)
+        buffers = self._buffers_of(fresh.weight.detach(), self.dtype, "raise", "weights")
+        self._set_buffers(buffers, self._weight_shape())
+        if getattr(self, "bias", None) is not None:
+            self.bias.detach().copy_(fresh.bias.detach())
+
+    def dequantize(self) -> nn.Module:
+        """The float module of the numbers that the codes stand for; this one is left as it is.
+
+        Returns:
+            An nn.Linear or nn.Embedding of the layer's dtype, device and training flag, with
+            Parameters of its own. Hooks stay behind; :func:`quantization.dequantize_model` carries
+            them over.
+
+        Example:
+            >>> from quantization import PackedEmbedding, QWQALinearLayer
+            >>> layer = QWQALinearLayer(16, 32)
+            >>> linear, x = layer.dequantize(), torch.randn(4, 16)
+            >>> type(linear).__name__, bool((layer(x) - linear(x)).abs().max() < 1e-5)
+            ('Linear', True)
+            >>> table = PackedEmbedding(10, 64)
+            >>> bool((table.dequantize().weight == table.weight).all())
+            True
+        """
+        module: Any = self._float_module("meta", self.dtype)
+        with torch.inference_mode(False):
+            module.weight = nn.Parameter(self.weight)
+            bias = getattr(self, "bias", None)
+            if bias is not None:
+                module.bias = nn.Parameter(bias.detach().clone())
+        return module.train(self.training)
+
     # ---- loading -----------------------------------------------------------------------------
 
     def _load_from_state_dict(
@@ -134,7 +203,7 @@ class QuantizedModule(nn.Module):
             if key.startswith(prefix)
         }
         try:
-            self._take_float_weight(own, prefix, local_metadata.get("assign_to_params_buffers"))
+            self._quantize_incoming(own, prefix, local_metadata.get("assign_to_params_buffers"))
             self._check_incoming(own, prefix)
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
@@ -143,11 +212,8 @@ class QuantizedModule(nn.Module):
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
 
-    def _take_float_weight(self, own: dict[str, Any], prefix: str, assign: bool | None) -> None:
-        """Put codes and scales in the place of a float weight among the layer's own entries.
-
-        A layer that came from a Conv1D has its attribute ``nf``, and finds the weight turned.
-        """
+    def _quantize_incoming(self, own: dict[str, Any], prefix: str, assign: bool | None) -> None:
+        """Put codes and scales in the place of a float weight among the layer's own entries."""
         key = prefix + "weight"
         if key not in own:
             return
@@ -159,9 +225,9 @@ class QuantizedModule(nn.Module):
             rivals = " or ".join(prefix + name for name in names)
             raise ValueError(f"{key} is there beside {rivals}: keep one of them")
         weight = own.pop(key)
-        is_turned, shape = "nf" in self.__dict__, self._weight_shape()
-        check_incoming(weight, key, shape[::-1] if is_turned else shape)
-        weight = weight.t() if is_turned else weight
+        shape = self._weight_shape()
+        check_incoming(weight, key, shape[::-1] if self.was_conv1d else shape)
+        weight = weight.t() if self.was_conv1d else weight
         dtype = weight.dtype if assign else self.dtype
         buffers = self._buffers_of(weight, dtype, "raise", key)
         own |= {prefix + name: value for name, value in buffers.items() if value is not None}
@@ -184,95 +250,18 @@ class QuantizedModule(nn.Module):
             check_incoming(own[prefix + "bias"], prefix + "bias", tuple(bias.shape))
 
 
-class QuantizedLinear(QuantizedModule, nn.Linear):
-    """A linear layer of quantized weights: a subclass of nn.Linear, so that libraries see one.
-
-    It holds buffers only and no Parameters; the bias may be made one.
-    """
-
-    def _begin(self, in_features: int, out_features: int, dtype: torch.dtype) -> None:
-        """The checks of a constructor, and what comes before the buffers."""
-        source_of(dtype, "a quantized layer")
-        for name, value in (("in_features", in_features), ("out_features", out_features)):
-            if index_of(value, name) < 0:
-                raise ValueError(f"{name} is {value}; it must be 0 or more")
-        nn.Module.__init__(self)
-        self.in_features = in_features
-        self.out_features = out_features
-
-    def reset_parameters(self) -> None:
-        """Draw a weight and a bias as nn.Linear does, and quantize; on meta, do nothing."""
-        device = self._buffers[self._weight_names()[0]].device
-        if device.type == "meta":
-            return
-        fresh = nn.Linear(
-            self.in_features,
-            self.out_features,
-            bias=self.bias is not None,
-            device=device,
-            dtype=self.dtype,
-        )
-        buffers = self._buffers_of(fresh.weight.detach(), self.dtype, "raise", "weights")
-        self._take(buffers, self._weight_shape())
-        if self.bias is not None:
-            self.bias.detach().copy_(fresh.bias.detach())
-
-    def dequantize(self) -> nn.Linear:
-        """The float layer of the numbers that the codes stand for; this one is left as it is.
-
-        Returns:
-            An nn.Linear of the layer's dtype, device and training flag, with Parameters of its own.
-            Hooks stay behind; :func:`quantization.dequantize_model` carries them over.
-
-        Example:
-            >>> from quantization import QWQALinearLayer
-            >>> layer = QWQALinearLayer(16, 32)
-            >>> linear, x = layer.dequantize(), torch.randn(4, 16)
-            >>> type(linear).__name__, bool((layer(x) - linear(x)).abs().max() < 1e-5)
-            ('Linear', True)
-        """
-        linear = nn.Linear(self.in_features, self.out_features, bias=False, device="meta")
-        with torch.inference_mode(False):
-            linear.weight = nn.Parameter(self.weight)
-            if self.bias is not None:
-                linear.bias = nn.Parameter(self.bias.detach().clone())
-        return linear.train(self.training)
-
-    def _weight_shape(self) -> tuple[int, int]:
-        return self.out_features, self.in_features
-
-    def _dress(self, linear: nn.Module, bias: torch.Tensor | None) -> None:
-        """Take the bias and the training flag of the layer that this one comes from."""
-        self.bias = bias
-        if is_conv1d(linear):
-            self.nf = linear.nf  # a mark for _take_float_weight
-        self.train(linear.training)
-
-    def _take(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
-        self.bias = bias_beside(buffers[self._weight_names()[0]], self.bias)
-        super()._take(buffers, shape)
-        self.out_features, self.in_features = shape
-
-
-def bias_beside(codes: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
-    """The bias on the device of the codes; zeros if it has another length, or no numbers.
-
-    Args:
-        codes: ``[out_features, ...]``.
-        bias: ``[out_features]``, or of another length, or None.
+def check_sizes(**sizes: Any) -> None:
+    """Raise TypeError or ValueError unless all are whole numbers of 0 or more.
 
     Example:
-        >>> bias_beside(torch.zeros(3, 2), torch.ones(4))
-        tensor([0., 0., 0.])
+        >>> check_sizes(in_features=-1)
+        Traceback (most recent call last):
+        ...
+        ValueError: in_features is -1; it must be 0 or more
     """
-    shape = codes.shape[:1]
-    if bias is None or (bias.shape == shape and bias.device == codes.device):
-        return bias
-    if bias.shape == shape and not bias.is_meta:
-        moved = bias.detach().to(codes.device)
-    else:
-        moved = torch.zeros(shape, dtype=bias.dtype, device=codes.device)
-    return nn.Parameter(moved) if isinstance(bias, nn.Parameter) else moved
+    for name, value in sizes.items():
+        if index_of(value, name) < 0:
+            raise ValueError(f"{name} is {value}; it must be 0 or more")
 
 
 def placeholder() -> torch.Tensor:
@@ -296,22 +285,6 @@ def is_placeholder(value: Any) -> bool:
     """
     is_bytes = isinstance(value, torch.Tensor) and value.dtype is torch.uint8
     return is_bytes and tuple(value.shape) == (0, 0)
-
-
-def check_weight(weights: Any, name: str) -> torch.Tensor:
-    """``weights``, if it is a matrix; its dtype is left to what quantizes it.
-
-    Raises:
-        TypeError: if it is no tensor.
-        ValueError: if it has not two dimensions.
-    """
-    if not isinstance(weights, torch.Tensor):
-        raise TypeError(f"{name} is a {type(weights).__name__}; expected a float torch.Tensor")
-    if weights.ndim != 2:
-        raise ValueError(
-            f"{name} has shape {tuple(weights.shape)}; expected [out_features, in_features]"
-        )
-    return weights.detach()
 
 
 def check_incoming(

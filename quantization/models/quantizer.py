@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from quantization.layers.float_layers import looks_linear, why_embedding_left, why_left
 from quantization.layers.int8_layer import QWQALinearLayer
 from quantization.layers.packed_embedding import PackedEmbedding
 from quantization.layers.packed_layer import PackedLinearLayer
@@ -18,8 +19,9 @@ from quantization.swap import walker
 from quantization.swap.conversion import memory_of, weight_of
 from quantization.swap.engine import Layer, swap
 from quantization.swap.experts import bare_experts, left_experts
+from quantization.swap.patterns import Pattern, match_patterns
 from quantization.swap.report import ReplacementReport
-from quantization.swap.walker import Pattern, Site
+from quantization.swap.walker import Site
 
 __all__ = ["dequantize_model", "form_of", "make_layer", "quantize_model"]
 
@@ -95,7 +97,7 @@ each
     _check_model(model)
     sites = list(walker.walk(model))
     rules = Rules(recipe, sites)
-    layers = _find(sites, rules, walker.match_patterns(sites, exclude), nonfinite)
+    layers = _find(sites, rules, match_patterns(sites, exclude), nonfinite)
     return swap(
         sites,
         layers,
@@ -177,7 +179,7 @@ def _find(sites: list[Site], rules: Rules, excluded: dict[int, str], nonfinite: 
             layers[own].names.append(f"{site.name}.{parameter}" if site.name else parameter)
         if key in layers:
             layers[key].names.append(site.name)
-        elif isinstance(module, _SPOKEN_OF) or walker.looks_linear(module):
+        elif isinstance(module, _SPOKEN_OF) or looks_linear(module):
             layer = Layer(module, [site.name])
             if _decide(layer, rules, excluded, adapters, nonfinite):
                 layers[key] = layer
@@ -208,8 +210,8 @@ def _decide(
     elif rule is not None and rule.scheme is None:
         layer.status, layer.reason = "excluded", f"by the rule {rule}"
     else:
-        why_left = walker.why_embedding_left if is_embedding else walker.why_left
-        reason = adapters.get(id(module)) or why_left(module)
+        find_reason = why_embedding_left if is_embedding else why_left
+        reason = adapters.get(id(module)) or find_reason(module)
         if rule is None:
             reason = reason or "no rule of the recipe matches it"
         layer.status, layer.reason = ("left", reason) if reason else ("replaced", "")

@@ -10,7 +10,8 @@ from torch import nn
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.schemes.scheme import Scheme, scheme_of
 from quantization.swap import walker
-from quantization.swap.walker import Pattern, Site
+from quantization.swap.patterns import Pattern, matching, pattern_text
+from quantization.swap.walker import Site
 
 #: In the place of a scheme: the int8 layer, :class:`quantization.QWQALinearLayer`.
 W8A16 = "w8a16"
@@ -31,7 +32,7 @@ class Rule(NamedTuple):
     scheme: Scheme | str | None
 
     def __str__(self) -> str:
-        return walker.pattern_text(self.pattern)
+        return pattern_text(self.pattern)
 
 
 class Rules:
@@ -56,7 +57,7 @@ class Rules:
 
     def __init__(self, recipe: Recipe, sites: list[Site]) -> None:
         self._rules = read_recipe(recipe)
-        self._named = [set(walker.matching(sites, rule.pattern)) for rule in self._rules]
+        self._named = [set(matching(sites, rule.pattern)) for rule in self._rules]
         self._inside = [set(_with_inside(sites, named)) for named in self._named]
 
     def for_linear(self, module: nn.Module) -> Rule | None:
@@ -103,7 +104,7 @@ def _scheme_of(pattern: Pattern, value: Any) -> Scheme | str | None:
     try:
         return None if value is None else _form_of(value)
     except (TypeError, ValueError) as error:
-        error.add_note(f"in the rule {walker.pattern_text(pattern)} of the recipe")
+        error.add_note(f"in the rule {pattern_text(pattern)} of the recipe")
         raise
 
 

@@ -20,6 +20,7 @@ cannot go, so tiny blocks keep their precision. ``x = (code - zero) * scale`` le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -29,7 +30,6 @@ from quantization.numerics.granularity import PER_COLUMNS, PER_ROWS, Granularity
 from quantization.numerics.parameters import Mode, QuantizationParameters, check_granularity
 from quantization.numerics.rules import (
     check_fit,
-    check_tensor,
     code_type,
     data_error,
     rule_for,
@@ -37,7 +37,7 @@ from quantization.numerics.rules import (
 )
 from quantization.ops import native
 from quantization.ops.dtypes import DType, dtype_of, source_of
-from quantization.ops.native import DataError, Rule, Tensor
+from quantization.ops.native import DataError, Rule, Tensor, check_tensor
 
 __all__ = [
     "PER_COLUMNS",
@@ -252,59 +252,58 @@ def per_dim_scale_and_zero_for(
 
 
 def group(tensor: Tensor, by: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Cut the last dimension into groups: a tensor ``[..., n, by]``, and the way back.
+    """Cut the rows of a tensor into groups, one below the other, and the way back.
 
     Args:
-        tensor: ``[..., C]``, any type, a torch tensor or an ndarray with a dimension at least.
-        by: numbers in a group, at least 1.
+        tensor: ``[..., C]``, such as a matrix ``[R, C]``: any type, a torch tensor or an ndarray
+            with a dimension at least.
+        by: numbers in a group, at least 1; C must be a multiple of it.
 
     Returns:
-        ``(groups, ungroup)`` with ``n = ceil(C / by)``. Where ``by`` divides C, ``groups`` is a
-        view of ``tensor`` if its memory layout allows one; a last group that C does not fill is
-        filled up with zeros, in a copy. ``ungroup`` takes any tensor of the shape of ``groups``
-        (of another type too) and gives ``[..., C]`` without the filling: ``ungroup(groups)``
-        equals ``tensor``.
+        ``(groups, ungroup)``. ``groups`` is ``[numel / by, by]``, in the order of the tensor's
+        numbers, and a view of ``tensor`` if its memory layout allows one. ``ungroup`` takes any
+        tensor of that shape (of another type too) and gives one of the shape of ``tensor``:
+        ``ungroup(groups)`` equals ``tensor``.
 
     Raises:
         TypeError: if ``tensor`` is neither, ``by`` is not an integer, or ``ungroup`` is given no
             tensor.
-        ValueError: if ``tensor`` has no dimension, ``by`` is below 1, or ``ungroup`` is given
-            another shape than that of ``groups``.
+        ValueError: if ``tensor`` has no dimension, ``by`` is below 1, C is no multiple of ``by``,
+            or ``ungroup`` is given another shape than that of ``groups``.
 
     Source: S. Shen et al., "Q-BERT" (2020).
 
     Example:
         >>> import numpy as np
-        >>> groups, ungroup = group(np.arange(1, 6), 2)
+        >>> groups, ungroup = group(np.arange(8).reshape(2, 4), 2)
         >>> groups
-        array([[1, 2],
-               [3, 4],
-               [5, 0]])
+        array([[0, 1],
+               [2, 3],
+               [4, 5],
+               [6, 7]])
         >>> ungroup(groups * 10)
-        array([10, 20, 30, 40, 50])
+        array([[ 0, 10, 20, 30],
+               [40, 50, 60, 70]])
     """
     check_tensor(tensor, "tensor")
     by, shape = Granularity.PerGroup(by).by, tuple(tensor.shape)
     if not shape:
         raise ValueError("group cuts the last dimension, but this tensor has none: reshape it")
-    *lead, length = shape
-    count = -(-length // by)
-    padded = tensor
-    if count * by != length:
-        filled = (*lead, count * by)
-        is_torch = native.is_torch(tensor)
-        padded = tensor.new_zeros(filled) if is_torch else np.zeros(filled, tensor.dtype)
-        padded[..., :length] = tensor
-    grouped = (*lead, count, by)
+    if shape[-1] % by:
+        raise ValueError(
+            f"a row of a tensor of shape {shape} has {shape[-1]} numbers, no multiple of by={by}: "
+            "pad the rows, or choose another by; Granularity.PerGroup takes a shorter last group"
+        )
+    grouped = math.prod(shape) // by, by
 
     def ungroup(groups: Tensor) -> Tensor:
-        """The groups side by side again, without the numbers that filled up the last one."""
+        """The groups side by side again, in the shape of the tensor that was cut."""
         check_tensor(groups, "groups")
         if tuple(groups.shape) != grouped:
             raise ValueError(f"groups have shape {tuple(groups.shape)}; {grouped} is allowed")
-        return groups.reshape((*lead, count * by))[..., :length]
+        return groups.reshape(shape)
 
-    return padded.reshape(grouped), ungroup
+    return tensor.reshape(grouped), ungroup
 
 
 def get_info(dtype: Any) -> DType:

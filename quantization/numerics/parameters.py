@@ -38,21 +38,23 @@ class Mode(Enum):
         return f"Mode.{self.name}"
 
 
-@dataclass(frozen=True, eq=False, repr=False)
+@dataclass(eq=False, repr=False)
 class QuantizationParameters:
     """All that :func:`~quantization.dequantize_linear` needs beside the codes.
 
-    Two of them are equal if all fields are; tensors are compared by value, and a torch tensor
-    differs from an ndarray. They cannot be hashed, because tensors change.
+    An ordinary dataclass: fields can be set, to anything, and what they hold is looked at when they
+    are used. Two of them are equal if all fields are; tensors are compared by value, and a torch
+    tensor differs from an ndarray. They cannot be hashed, because they change.
 
     Attributes:
         scale: one number a block, in the shape that ``granularity.scale_shape`` gives; a NumPy
-            scalar, which arithmetic makes of an ndarray of shape ``()``, becomes one again.
-        zero_point: int32, the shape of ``scale``; zeros when symmetric.
+            scalar, which arithmetic makes of an ndarray of shape ``()``, becomes one again. None:
+            not known yet.
+        zero_point: int32, the shape of ``scale``; zeros, or None, when symmetric.
         mode: where zero lies.
         granularity: which numbers share a scale.
-        group_by: numbers in a group; None without groups. Read off ``granularity``.
-        dim: the dimension of ``granularity``; None per tensor. Read off ``granularity``.
+        group_by: numbers in a group; None without groups. It follows ``granularity``.
+        dim: the dimension of ``granularity``; None per tensor. It follows ``granularity``.
         dtype: type of the numbers that were quantized, and will be once more; None: that of
             ``scale``.
 
@@ -68,15 +70,16 @@ class QuantizationParameters:
         ... )
         >>> params.dim
         1
+        >>> params.scale = scale / 2
         >>> params  # doctest: +NORMALIZE_WHITESPACE
         QuantizationParameters(Mode.Symmetric, Granularity.PerDimension(dim=1),
-                               scale=float32[4, 1] 0.5, zero_point=int32[4, 1] 0, dtype=None)
+                               scale=float32[4, 1] 0.25, zero_point=int32[4, 1] 0, dtype=None)
     """
 
-    scale: Tensor
-    zero_point: Tensor
-    mode: Mode
-    granularity: Granularity
+    scale: Tensor | None = None
+    zero_point: Tensor | None = None
+    mode: Mode = Mode.Symmetric
+    granularity: Granularity = Granularity.PerTensor
     group_by: int | None = None
     dim: int | None = None
     dtype: Any = None
@@ -84,31 +87,26 @@ class QuantizationParameters:
     __hash__ = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        check_mode(self.mode)
-        check_granularity(self.granularity)
-        group_by = self.granularity.by if isinstance(self.granularity, PerGroup) else None
-        grouped = isinstance(self.granularity, PerDimension | PerGroup)
-        for field in ("scale", "zero_point"):
-            if isinstance(getattr(self, field), np.generic):
-                object.__setattr__(self, field, np.asarray(getattr(self, field)))
-        self._settle("group_by", group_by)
-        self._settle("dim", self.granularity.dim if grouped else None)
+        given = {"group_by": self.group_by, "dim": self.dim}
+        self.granularity = self.granularity  # which group_by and dim follow
+        for field, value in given.items():
+            if value is not None:
+                setattr(self, field, value)
+        check_parameters(self)
 
-    def _settle(self, field: str, value: int | None) -> None:
-        given = getattr(self, field)
-        if given is not None and given != value:
-            raise ValueError(
-                f"{field}={given} contradicts {self.granularity}, which has {field}={value}: "
-                f"leave {field} out"
-            )
+    def __setattr__(self, field: str, value: Any) -> None:
+        if field in ("scale", "zero_point") and isinstance(value, np.generic):
+            value = np.asarray(value)
         object.__setattr__(self, field, value)
+        if field == "granularity":
+            self.__dict__.update(_following(value))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QuantizationParameters):
             return NotImplemented
         return (
-            (self.mode, self.granularity, self.dtype)
-            == (other.mode, other.granularity, other.dtype)
+            (self.mode, self.granularity, self.group_by, self.dim, self.dtype)
+            == (other.mode, other.granularity, other.group_by, other.dim, other.dtype)
             and _same(self.scale, other.scale)
             and _same(self.zero_point, other.zero_point)
         )
@@ -133,6 +131,28 @@ def check_granularity(granularity: Any) -> None:
             "granularity must be Granularity.PerTensor, Granularity.PerDimension(dim) or "
             f"Granularity.PerGroup(by, dim), not {granularity!r}"
         )
+
+
+def check_parameters(params: QuantizationParameters) -> None:
+    """Raise unless mode and granularity are such, and group_by and dim those of the granularity."""
+    check_mode(params.mode)
+    check_granularity(params.granularity)
+    for field, value in _following(params.granularity).items():
+        given = getattr(params, field)
+        if given != value:
+            raise ValueError(
+                f"{field}={given} contradicts {params.granularity}, which has {field}={value}: "
+                f"leave {field} out"
+            )
+
+
+def _following(granularity: Any) -> dict[str, int | None]:
+    """What is read off a granularity."""
+    has_dim = isinstance(granularity, PerDimension | PerGroup)
+    return {
+        "group_by": granularity.by if isinstance(granularity, PerGroup) else None,
+        "dim": granularity.dim if has_dim else None,
+    }
 
 
 def _same(left: Any, right: Any) -> bool:

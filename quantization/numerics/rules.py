@@ -9,10 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from quantization.numerics.parameters import Mode, QuantizationParameters, check_mode
+from quantization.numerics.parameters import (
+    Mode,
+    QuantizationParameters,
+    check_mode,
+    check_parameters,
+)
 from quantization.ops import native
 from quantization.ops.dtypes import SOURCES, TARGETS, DType, name_of, source_of, target_of
-from quantization.ops.native import DataError, Rule, Tensor
+from quantization.ops.native import DataError, Rule, Tensor, check_tensor
 
 __all__ = ["check_fit", "code_type", "data_error", "rule_for", "source_type"]
 
@@ -36,16 +41,6 @@ def code_type(q: Any) -> DType:
             "quantize_linear returned it"
         )
     return code
-
-
-def check_tensor(value: Any, what: str) -> None:
-    """Raise TypeError unless ``value`` is a torch tensor with one shape or an ndarray."""
-    if not native.is_tensor(value):
-        raise TypeError(
-            f"{what} must be a torch.Tensor or numpy.ndarray, not {type(value).__name__}"
-        )
-    if native.is_torch(value) and value.is_nested:
-        raise TypeError(f"{what} is a nested tensor: pass its parts, from unbind(), one by one")
 
 
 def rule_for(
@@ -141,7 +136,8 @@ def data_error(error: DataError, tensor: Tensor, target: DType, name: str | None
 
 
 def check_fit(q: Tensor, params: QuantizationParameters) -> None:
-    """Raise unless scales and zero points are tensors of the shape that the codes need."""
+    """Raise unless parameters are whole, and their tensors of the shape that the codes need."""
+    check_parameters(params)
     scale, zero, granularity = params.scale, params.zero_point, params.granularity
     check_tensor(scale, "params.scale")
     source_of(scale.dtype, "params.scale")

@@ -27,6 +27,7 @@ __all__ = [
     "Tensor",
     "as_tensor_like",
     "cast",
+    "check_tensor",
     "choose_linear",
     "decode",
     "encode",
@@ -105,6 +106,16 @@ def is_tensor(value: Any) -> bool:
 def is_meta(value: Any) -> bool:
     """Whether ``value`` is a torch tensor with a shape but no numbers."""
     return is_torch(value) and value.is_meta
+
+
+def check_tensor(value: Any, what: str) -> None:
+    """Raise TypeError unless ``value`` is a torch tensor with one shape or an ndarray."""
+    if not is_tensor(value):
+        raise TypeError(
+            f"{what} must be a torch.Tensor or numpy.ndarray, not {type(value).__name__}"
+        )
+    if is_torch(value) and value.is_nested:
+        raise TypeError(f"{what} is a nested tensor: pass its parts, from unbind(), one by one")
 
 
 def to_array(tensor: Tensor, what: str = "tensor") -> np.ndarray:
@@ -333,10 +344,6 @@ def encode_levels(
 
 def linear(x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None = None) -> Tensor:
     """``x @ (weights * scales[:, None]).T + bias`` in one native call; shapes are the caller's."""
-    if is_torch(x):
-        from quantization.ops import torch_ops
-
-        return torch_ops.linear(x, weights, scales, bias)
     dtype = name_of(x.dtype)
     arrays = [to_array(value) for value in (x, weights, scales)]
     out_features, in_features = arrays[1].shape

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from quantization.layers.packed_module import pack_as
 from quantization.numerics.granularity import Granularity
 from quantization.numerics.parameters import Mode
 from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.ops.dtypes import name_of
+from quantization.schemes.layer_weights import pack_as
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
 

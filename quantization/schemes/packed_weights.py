@@ -41,9 +41,10 @@ from quantization.schemes.grids import WEIGHED, Matrix, encode_matrix
 from quantization.schemes.scheme import Scheme, checked_shape, scheme_of
 from quantization.schemes.stored_scales import restore
 
-__all__ = ["PackedWeights", "pack_matrix"]
+__all__ = ["PARTS", "PackedWeights", "pack_matrix"]
 
-_PARTS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook")
+#: The tensors of a packed matrix, in the order in which the operators take them.
+PARTS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -91,7 +92,7 @@ class PackedWeights:
     def __post_init__(self) -> None:
         object.__setattr__(self, "scheme", scheme_of(self.scheme))
         object.__setattr__(self, "shape", checked_shape(self.shape))
-        given = {name: getattr(self, name) for name in _PARTS if getattr(self, name) is not None}
+        given = {name: getattr(self, name) for name in PARTS if getattr(self, name) is not None}
         needed = self.scheme.buffers(self.shape)
         for name in (*needed, *given):
             if (name in needed) != (name in given):
@@ -118,7 +119,7 @@ class PackedWeights:
             >>> pack_matrix(np.ones((8, 128), "float32"), Scheme.int8()).nbytes
             1056
         """
-        tensors = (getattr(self, name) for name in _PARTS)
+        tensors = (getattr(self, name) for name in PARTS)
         return sum(int(tensor.nbytes) for tensor in tensors if tensor is not None)
 
     @property
@@ -169,8 +170,15 @@ class PackedWeights:
         )
         return native.cast(dequantize_linear(self._values(), params), out)
 
-    def _codes(self) -> Tensor:
-        """One code a weight: int8 where they are signed, else uint8."""
+    @property
+    def codes(self) -> Tensor:
+        """One code a weight, ``[out, in]``: int8 where they are signed, else uint8.
+
+        Example:
+            >>> import numpy as np
+            >>> pack_matrix(np.array([[-3.5, 2.0, 1.0]], "float32"), Scheme(bits=4)).codes
+            array([[-8,  4,  2]], dtype=int8)
+        """
         is_signed = self.scheme.mode is Mode.Symmetric and not self.scheme.has_codebook
         return unpack_weights(
             self.packed_weights,
@@ -183,7 +191,7 @@ class PackedWeights:
 
     def _values(self) -> Tensor:
         """What scales multiply, after integer zero points: codes, levels or codes less zeros."""
-        codes = self._codes()
+        codes = self.codes
         if self.codebook is not None:
             book = native.to_array(native.cast(self.codebook, "float32"))
             places = native.to_array(codes)

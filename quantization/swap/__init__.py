@@ -1,1 +1,7 @@
 """One layer of a model into another: walking, patterns, the two-phase engine, the report."""
+
+from collections.abc import Callable
+from typing import Any
+
+#: Called with the ReplacementReport of every swap; what stands above adds itself here.
+OBSERVERS: list[Callable[[Any], None]] = []

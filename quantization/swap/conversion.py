@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantization.layers.float_layers import float_parts, is_conv1d
+from quantization.layers.quantized_linear import accepted
 from quantization.layers.quantized_module import QuantizedModule
-from quantization.swap.target import accepted
-from quantization.swap.walker import float_parts, is_conv1d
 
 _HOOKS = (
     "_forward_hooks",
@@ -95,6 +95,8 @@ def _construct(
         )
     if quantize:
         new.quantize(weight, **accepted(new.quantize, **options))
+    if isinstance(new, QuantizedModule):
+        new.was_conv1d = is_conv1d(old)
     if bias is not None:
         given = getattr(new, "bias", None)
         if not isinstance(given, torch.Tensor) or given.numel() != bias.numel():

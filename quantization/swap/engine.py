@@ -10,14 +10,14 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
+from quantization.layers.float_layers import is_conv1d
 from quantization.layers.quantized_module import QuantizedModule
-from quantization.swap import walker
+from quantization.swap import OBSERVERS, walker
 from quantization.swap.conversion import Maker, convert, memory_of, share_weights, weight_of
 from quantization.swap.report import Candidate, FloatTensor, ReplacementReport
 from quantization.swap.walker import Site
@@ -86,7 +86,8 @@ def swap(
     swapped = {id(layer.module): layer.new for layer in layers if layer.new is not None}
     report = _report(sites, layers, target, swapped, {"noun": noun} | words)
     assign(stores_of(sites, swapped))
-    import_module("quantization.integrations").tell(report)  # by name: it stands above this file
+    for observe in OBSERVERS:
+        observe(report)
     return report
 
 
@@ -256,7 +257,7 @@ def _shape(module: Any, tensors: list[torch.Tensor]) -> tuple[int, int] | None:
     if isinstance(module, QuantizedModule):
         return module._weight_shape()
     matrix = next((tuple(tensor.shape) for tensor in tensors if tensor.ndim == 2), None)
-    if matrix is None or walker.is_conv1d(module):
+    if matrix is None or is_conv1d(module):
         return matrix and (matrix[1], matrix[0])
     sizes = getattr(module, "out_features", None), getattr(module, "in_features", None)
     return matrix if None in sizes else sizes

@@ -9,13 +9,15 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from quantization.layers.float_layers import looks_linear, why_left
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.swap import walker
 from quantization.swap.conversion import layer_maker
 from quantization.swap.engine import Layer, swap
+from quantization.swap.patterns import Pattern, match_patterns
 from quantization.swap.report import ReplacementReport
 from quantization.swap.target import Target, target_class_from
-from quantization.swap.walker import Pattern, Site
+from quantization.swap.walker import Site
 
 __all__ = [
     "ReplacementReport",
@@ -90,7 +92,7 @@ def replace_linear_layers_with_w8a16(
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a model (a torch.nn.Module instance), not {module!r}")
     sites = list(walker.walk(module))
-    layers = _find(sites, cls, walker.match_patterns(sites, module_names_to_exclude))
+    layers = _find(sites, cls, match_patterns(sites, module_names_to_exclude))
     make = layer_maker(cls, quantize, nonfinite)
     for layer in layers:
         layer.make = make
@@ -109,7 +111,7 @@ def _find(sites: list[Site], cls: type[nn.Module], excluded: dict[int, str]) -> 
             layers[key].names.append(site.name)
         elif key in targets:
             layers[key] = Layer(module, [site.name], "already")
-        elif key in inside or not walker.looks_linear(module):
+        elif key in inside or not looks_linear(module):
             continue
         elif key in excluded:
             layers[key] = Layer(module, [site.name], "excluded", f"by {excluded[key]}")
@@ -123,4 +125,4 @@ def _why_left(module: nn.Module) -> str | None:
     if isinstance(module, QuantizedModule):
         kind = type(module).__name__
         return f"quantized already, as a {kind}: dequantize_model makes it float again"
-    return walker.why_left(module)
+    return why_left(module)

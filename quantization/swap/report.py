@@ -10,6 +10,8 @@ from typing import overload
 
 from torch import nn
 
+from quantization.console.tables import size, table_lines
+
 #: Tables longer than this join layers whose names differ in numbers only.
 _LONGEST_TABLE = 24
 _LONGEST_NAME = 60
@@ -174,7 +176,9 @@ class ReplacementReport(Sequence[Candidate]):
         raise KeyError(f"{key!r} is no {self.noun.removesuffix('s')} of the model")
 
     def __repr__(self) -> str:
-        return "\n".join([self.headline, *_lines(table(self.candidates)), *self.totals])
+        return "\n".join(
+            [self.headline, *table_lines(table(self.candidates), indent=2), *self.totals]
+        )
 
     @property
     def headline(self) -> str:
@@ -209,21 +213,6 @@ class ReplacementReport(Sequence[Candidate]):
         return lines
 
 
-def size(nbytes: int) -> str:
-    """Bytes for reading, in decimal units.
-
-    Example:
-        >>> size(999), size(113_246_208)
-        ('999 B', '113.2 MB')
-    """
-    if nbytes < 1000:
-        return f"{nbytes} B"
-    for power, unit in enumerate(("kB", "MB", "GB"), start=1):
-        if nbytes < 999.95 * 1000**power:
-            return f"{nbytes / 1000**power:.1f} {unit}"
-    return f"{nbytes / 1000**4:.1f} TB"
-
-
 def table(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
     """A head and rows of texts, one a candidate, or one a family of them where there are many.
 
@@ -239,17 +228,6 @@ def table(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
     if not any(candidate.scheme for candidate in candidates):
         rows = [(row[0], *row[3:]) for row in rows]
     return rows
-
-
-def _lines(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  "
-        + f"{row[0]:<{widths[0]}}  "
-        + "  ".join(f"{cell:>{width}}" for cell, width in zip(row[1:-1], widths[1:], strict=False))
-        + f"  {row[-1]}"
-        for row in rows
-    ]
 
 
 def _family(candidate: Candidate, count: int) -> tuple:

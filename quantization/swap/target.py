@@ -89,16 +89,3 @@ def target_class_from(target: Any) -> type[nn.Module]:
         f"the target is {target!r}; give Target.Linear(QWQALinearLayer), or a class with the "
         f"keyword constructor {', '.join(_KEYWORDS)} and a method quantize(weights)"
     )
-
-
-def accepted(function: Any, **options: Any) -> dict[str, Any]:
-    """Those options that a function takes: what a user's class need not know is not passed to it.
-
-    Example:
-        >>> accepted(lambda weights, name: None, name="0.weight", nonfinite="raise")
-        {'name': '0.weight'}
-    """
-    parameters = inspect.signature(function).parameters
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
-        return options
-    return {name: value for name, value in options.items() if name in parameters}

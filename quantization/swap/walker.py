@@ -1,29 +1,20 @@
-"""Walk a model: every module under all its names, patterns over them, and what can be converted.
+"""Walk a model: every module under all its names.
 
-This file knows torch.nn and nothing else of the package. It never calls itself, so a model may be
-nested as deep as memory allows.
+Nothing here calls itself, so a model may be nested as deep as memory allows.
 """
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
-#: What may name modules: a name, a glob, ``re:...``, a module type, or predicate(name, module).
-Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
+from quantization.layers.float_layers import is_script
 
 #: A module that hangs in more places than this has its inside listed under so many names only.
 _MAX_LISTINGS = 64
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 class Site(NamedTuple):
@@ -54,7 +45,7 @@ def walk(root: nn.Module) -> Iterator[Site]:
     while stack:
         site = stack.pop()
         yield site
-        if listings[id(site.module)] >= _MAX_LISTINGS or _is_script(site.module):
+        if listings[id(site.module)] >= _MAX_LISTINGS or is_script(site.module):
             continue
         listings[id(site.module)] += 1
         prefix = site.name + "." if site.name else ""
@@ -73,302 +64,6 @@ def inherit(sites: Iterable[Site], own: dict[int, str]) -> dict[int, str]:
         if site.parent is not None and id(site.parent) in texts:
             texts.setdefault(id(site.module), texts[id(site.parent)])
     return texts
-
-
-# ---- patterns --------------------------------------------------------------------------------
-
-
-def match_patterns(sites: list[Site], patterns: Pattern | Iterable[Pattern]) -> dict[int, str]:
-    """Ids of the modules that a pattern names, or that such a module holds -> the pattern's text.
-
-    Args:
-        sites: all places of the model.
-        patterns: one pattern or several. A plain text is a child name (``"lm_head"``) or a dotted
-            name (``"encoder.layers.0"``); with ``*``, ``?`` or ``[`` it is a glob over either;
-            ``"re:..."`` is a regular expression searched for in the dotted name; a module type
-            matches its instances; a callable is asked with (dotted name, module).
-
-    Raises:
-        TypeError: for a pattern of another kind (None included: no patterns are ``()``).
-        ValueError: for a pattern that matches no module of the model, with the nearest names.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
-        >>> sorted(match_patterns(list(walk(model)), "1").values())
-        ["'1'", "'1'"]
-    """
-    if isinstance(patterns, str) or callable(patterns) or not isinstance(patterns, Iterable):
-        patterns = [patterns]
-    own: dict[int, str] = {}
-    for pattern in patterns:
-        own |= dict.fromkeys(matching(sites, pattern), pattern_text(pattern))
-    return inherit(sites, own)
-
-
-def matching(sites: list[Site], pattern: Pattern) -> list[int]:
-    """Ids of the modules that one pattern names itself, whatever these hold.
-
-    Raises:
-        TypeError: for a pattern of another kind.
-        ValueError: for a pattern that matches no module of the model, with the nearest names.
-
-    Example:
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
-        >>> len(matching(list(walk(model)), nn.Linear))
-        2
-    """
-    test = _compile(pattern)
-    matched = [id(site.module) for site in sites if test(site)]
-    if not matched:
-        raise ValueError(_no_match(pattern, sites))
-    return matched
-
-
-def _compile(pattern: Any) -> Callable[[Site], bool]:
-    if isinstance(pattern, type) and issubclass(pattern, nn.Module):
-        return lambda site: isinstance(site.module, pattern)
-    if isinstance(pattern, str):
-        return _compile_text(pattern)
-    if callable(pattern) and not isinstance(pattern, type | nn.Module):
-        return lambda site: bool(pattern(site.name, site.module))
-    raise TypeError(
-        f"cannot choose modules by {pattern!r}; a pattern is a child name, a dotted name, a glob, "
-        "'re:<regular expression>', a module type or a predicate(name, module)"
-    )
-
-
-def _compile_text(pattern: str) -> Callable[[Site], bool]:
-    if pattern.startswith("re:"):
-        try:
-            search = re.compile(pattern.removeprefix("re:")).search
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-        return lambda site: search(site.name) is not None
-    if any(sign in pattern for sign in "*?["):
-        glob = re.compile(fnmatch.translate(pattern)).match
-        return lambda site: (
-            glob(site.name) is not None or glob(site.key) is not None or site.name == pattern
-        )
-    return lambda site: site.parent is not None and pattern in (site.name, site.key)
-
-
-def pattern_text(pattern: Pattern) -> str:
-    """A pattern for reading.
-
-    Example:
-        >>> pattern_text("lm_head"), pattern_text(nn.Linear)
-        ("'lm_head'", 'Linear')
-    """
-    if isinstance(pattern, str):
-        return repr(pattern)
-    return getattr(pattern, "__qualname__", None) or repr(pattern)
-
-
-def _no_match(pattern: Pattern, sites: list[Site]) -> str:
-    if isinstance(pattern, str):
-        names = dict.fromkeys(name for site in sites for name in (site.name, site.key) if name)
-        wanted = pattern.removeprefix("re:")
-    else:
-        names = dict.fromkeys(type(site.module).__name__ for site in sites)
-        wanted = getattr(pattern, "__name__", "")
-    short = [name for name in names if len(name) <= 200]
-    near = difflib.get_close_matches(wanted, short, n=3, cutoff=0.5) or short[:3]
-    return (
-        f"the pattern {pattern_text(pattern)} matches no module of the model, so nothing was "
-        "changed; the nearest names are "
-        f"{', '.join(map(repr, near)) or 'none: the model has no children'}"
-    )
-
-
-# ---- linear layers ---------------------------------------------------------------------------
-
-
-def is_conv1d(module: nn.Module) -> bool:
-    """Whether it is a linear layer in the manner of GPT-2: ``weight`` is [in, out], ``nf`` is out.
-
-    Told by its looks, so that transformers need not be installed.
-    """
-    return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
-
-
-def looks_linear(module: nn.Module) -> bool:
-    """Whether a user would call it a linear layer, so that a report must speak of it.
-
-    Example:
-        >>> looks_linear(nn.LazyLinear(3)), looks_linear(nn.Embedding(3, 2))
-        (True, False)
-    """
-    if isinstance(module, nn.Linear) or is_conv1d(module):
-        return True
-    if _is_script(module):
-        return any(getattr(inner, "original_name", "") == "Linear" for inner in module.modules())
-    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
-    weight = module._parameters.get("weight")
-    return weight is not None and tuple(weight.shape) == sizes
-
-
-def _is_script(module: nn.Module) -> bool:
-    return isinstance(module, torch.jit.ScriptModule)
-
-
-def float_parts(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Weight [out_features, in_features] and bias [out_features] or None, detached, not copied.
-
-    Raises:
-        TypeError: if it is not a linear layer that can be converted; the message says why.
-
-    Example:
-        >>> weight, bias = float_parts(nn.Linear(2, 3, bias=False))
-        >>> weight.shape, bias
-        (torch.Size([3, 2]), None)
-    """
-    reason = why_left(linear)
-    if reason is not None:
-        raise TypeError(f"{type(linear).__name__} cannot be converted: {reason}")
-    weight = linear.weight.detach()
-    bias = None if linear.bias is None else linear.bias.detach()
-    return (weight.t() if is_conv1d(linear) else weight), bias
-
-
-def why_left(module: Any) -> str | None:
-    """Why a module cannot be converted, in words, with the remedy where there is one; else None.
-
-    Example:
-        >>> why_left(nn.Linear(2, 3))
-        >>> why_left(nn.LazyLinear(3))
-        'lazy: it has no weight yet; run the model once on an input first'
-    """
-    for reason in (_why_class, _why_rewritten, _why_extras, _why_weight):
-        text = reason(module)
-        if text is not None:
-            return text
-    return None
-
-
-def _why_class(module: Any) -> str | None:
-    if not isinstance(module, nn.Module):
-        return f"{module!r} is not a torch.nn.Module"
-    if _is_script(module):
-        return "TorchScript: its layers are compiled already; replace them before it is scripted"
-    if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
-        return "lazy: it has no weight yet; run the model once on an input first"
-    if parametrize.is_parametrized(module):
-        names = ", ".join(module.parametrizations)
-        return (
-            f"parametrized ({names}): its tensors are computed anew at each call; "
-            "torch.nn.utils.parametrize.remove_parametrizations makes them plain"
-        )
-    if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
-        return "nn.MultiheadAttention reads this weight itself and never calls the layer"
-    if type(module) is nn.Linear or is_conv1d(module):
-        return None
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    if isinstance(module, nn.Linear):
-        return f"{kind} is a subclass of nn.Linear: its forward may do more than a matrix product"
-    return f"{kind} is not nn.Linear"
-
-
-def _tensors_of(module: nn.Module) -> tuple[str, ...]:
-    return ("weight",) if isinstance(module, nn.Embedding) else ("weight", "bias")
-
-
-def _why_rewritten(module: nn.Module) -> str | None:
-    """Whether something writes the weight before each call, or stands in for forward."""
-    for name in _tensors_of(module):
-        if name in module._parameters:
-            continue
-        if f"{name}_mask" in module._buffers:
-            return f"pruned ({name}): torch.nn.utils.prune.remove(layer, {name!r}) makes it plain"
-        if f"{name}_g" in module._parameters:
-            return f"weight_norm ({name}): torch.nn.utils.remove_weight_norm makes it plain"
-        if f"{name}_orig" in module._parameters:
-            return f"spectral_norm ({name}): torch.nn.utils.remove_spectral_norm makes it plain"
-        return f"its {name} is not a Parameter"
-    if "forward" in module.__dict__:
-        return "its forward was replaced on the instance (by an offloading hook, say)"
-    return None
-
-
-_STATE_HOOKS = (
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-
-
-def _why_extras(module: nn.Module) -> str | None:
-    extras = {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias"}
-    if extras:
-        return f"it holds more than a weight and a bias: {', '.join(sorted(extras))}"
-    if any(getattr(module, hooks) for hooks in _STATE_HOOKS):
-        return "it has hooks on its state dict, which are written for a float weight"
-    return None
-
-
-def _why_weight(module: nn.Module) -> str | None:
-    for name in _tensors_of(module):
-        value = module._parameters[name]
-        if value is None:
-            if name == "weight":
-                return "it has no weight"
-            continue
-        if type(value) is not nn.Parameter:
-            return f"its {name} is a {type(value).__name__}, a tensor with a behaviour of its own"
-        if value.dtype not in _FLOATS or value.layout is not torch.strided:
-            allowed = ", ".join(str(dtype).removeprefix("torch.") for dtype in _FLOATS)
-            return f"its {name} is {value.dtype} ({value.layout}); dense {allowed} can be converted"
-    weight, bias = module.weight, getattr(module, "bias", None)
-    if weight.ndim != 2:
-        return f"its weight has shape {tuple(weight.shape)}, not two dimensions"
-    if isinstance(module, nn.Embedding):
-        return None
-    out_features = module.nf if is_conv1d(module) else module.out_features
-    if weight.shape[1 if is_conv1d(module) else 0] != out_features:
-        return f"its weight has shape {tuple(weight.shape)}, but it has {out_features} outputs"
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        return f"its bias has shape {tuple(bias.shape)}, expected ({out_features},)"
-    return None
-
-
-# ---- embeddings ------------------------------------------------------------------------------
-
-
-def embedding_table(embedding: nn.Module) -> torch.Tensor:
-    """The weight [num_embeddings, embedding_dim] of an embedding, detached, not copied.
-
-    Raises:
-        TypeError: if it is no embedding that can be converted; the message says why.
-
-    Example:
-        >>> embedding_table(nn.Embedding(5, 2)).shape
-        torch.Size([5, 2])
-    """
-    reason = why_embedding_left(embedding)
-    if reason is not None:
-        raise TypeError(f"{type(embedding).__name__} cannot be converted: {reason}")
-    return embedding.weight.detach()
-
-
-def why_embedding_left(module: Any) -> str | None:
-    """Why an embedding cannot be converted, in words; else None.
-
-    Example:
-        >>> why_embedding_left(nn.Embedding(5, 2))
-        >>> why_embedding_left(nn.Embedding(5, 2, max_norm=1.0))
-        'max_norm: its calls shrink rows of the weight'
-    """
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    if not isinstance(module, nn.Embedding):
-        return f"{kind} is not nn.Embedding"
-    if parametrize.is_parametrized(module):
-        return _why_class(module)
-    if type(module) is not nn.Embedding:
-        return f"{kind} is a subclass of nn.Embedding: its forward may do more than a look-up"
-    if module.max_norm is not None:
-        return "max_norm: its calls shrink rows of the weight"
-    reasons = (reason(module) for reason in (_why_rewritten, _why_extras, _why_weight))
-    return next(filter(None, reasons), None)
 
 
 def adapters(sites: list[Site]) -> dict[int, str]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer
 from quantization.distributed import EmbeddingShare, bounds, shard
-from quantization.layers.packed_module import BUFFERS
+from quantization.schemes.packed_weights import PARTS
 
 EPSILON = 2.0**-24
 SCHEMES = [
@@ -280,4 +280,4 @@ def test_the_layer_is_left_as_it_is() -> None:
         shard(layer, dim, 1, 2)
     for name, tensor in layer.state_dict().items():
         assert tensor.data_ptr() == before[name][0] and torch.equal(tensor, before[name][1])
-    assert set(BUFFERS) <= set(layer._buffers)
+    assert set(PARTS) <= set(layer._buffers)

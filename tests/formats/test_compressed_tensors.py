@@ -26,13 +26,9 @@ from quantization import (
     replace_linear_layers_with_w8a16,
 )
 from quantization.checkpoint.disk.json_files import CheckpointError
+from quantization.checkpoint.disk.stored_tensor import StoredTensor
 from quantization.checkpoint.restore import restore_model
-from quantization.checkpoint.stored_model import (
-    StoredLayer,
-    StoredModel,
-    StoredTensor,
-    stored_model,
-)
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, stored_model
 from quantization.formats import FormatError
 from quantization.formats.compressed_tensors import (
     read_compressed_tensors,
@@ -468,7 +464,7 @@ def test_embeddings_and_conv1d_are_refused(tmp_path: Path, rng: np.random.Genera
     packed = packed_of(rng, "w4", 8, 64, torch.float32)
     for layer, what in (
         (StoredLayer.of(packed, "embedding", padding_idx=None), "an embedding"),
-        (StoredLayer.of(packed, nf=8), "a Conv1D of transformers"),
+        (StoredLayer.of(packed, was_conv1d=True), "a Conv1D of transformers"),
     ):
         with pytest.raises(FormatError, match=f"cannot hold up .*it is {what}.* leave it in float"):
             write_compressed_tensors(StoredModel({"up": layer}, {}), tmp_path / "a")

@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 gguf = pytest.importorskip("gguf")
 
 from quantization import pack_matrix
-from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor
+from quantization.checkpoint.disk.stored_tensor import StoredTensor
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.formats import FormatError
 from quantization.formats.gguf import read_gguf, write_gguf
 

@@ -25,13 +25,9 @@ from quantization import (
     quantize_model,
     replace_linear_layers_with_w8a16,
 )
+from quantization.checkpoint.disk.stored_tensor import StoredTensor
 from quantization.checkpoint.restore import restore_model
-from quantization.checkpoint.stored_model import (
-    StoredLayer,
-    StoredModel,
-    StoredTensor,
-    stored_model,
-)
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, stored_model
 from quantization.formats import FormatError
 from quantization.formats.gguf import read_gguf, reader, write_gguf
 from quantization.formats.gguf.header import read_header

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from quantization.checkpoint.disk.files import member
 from quantization.checkpoint.disk.json_files import CheckpointError, parse_json, read_json
-from quantization.checkpoint.stored_model import StoredTensor
+from quantization.checkpoint.disk.stored_tensor import StoredTensor
 
 __all__ = [
     "INDEX",

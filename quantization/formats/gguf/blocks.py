@@ -39,7 +39,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from quantization.formats import FormatError
+from quantization.formats.errors import FormatError
 
 __all__ = ["IQ4_LEVELS", "TYPES", "BlockType", "Blocks"]
 

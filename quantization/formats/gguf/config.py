@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from quantization.formats import FormatError
+from quantization.formats.errors import FormatError
 from quantization.formats.gguf.names import Architecture
 
 __all__ = ["config_of", "rope_factors", "sizes_in", "sizes_of", "write_config"]

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from quantization.formats import FormatError
+from quantization.formats.errors import FormatError
 from quantization.ops.extras import need
 
 __all__ = ["FileTensor", "Header", "read_header"]

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from quantization.formats import FormatError
+from quantization.formats.errors import FormatError
 from quantization.ops.extras import need
 
 __all__ = ["ARCHITECTURES", "Architecture", "Names", "architecture_for", "architecture_named"]

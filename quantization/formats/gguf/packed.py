@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from quantization.formats import FormatError
+from quantization.formats.errors import FormatError
 from quantization.formats.gguf.blocks import IQ4_LEVELS, Blocks, BlockType
 from quantization.formats.gguf.types import WITH_MINIMA, has_float_zeros
 from quantization.numerics.parameters import Mode

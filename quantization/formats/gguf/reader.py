@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from quantization.checkpoint.stored_model import KINDS, StoredLayer, StoredModel, StoredTensor
-from quantization.formats import FormatError
+from quantization.checkpoint.disk.stored_tensor import StoredTensor
+from quantization.checkpoint.stored_model import KINDS, StoredLayer, StoredModel
+from quantization.formats.errors import FormatError
 from quantization.formats.gguf.blocks import TYPES
 from quantization.formats.gguf.config import config_of, sizes_in
 from quantization.formats.gguf.header import FileTensor, Header, read_header

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantization.formats import FormatError
+from quantization.formats.errors import FormatError
 from quantization.formats.gguf.header import read_header
 from quantization.ops.extras import need
 

@@ -9,7 +9,7 @@ blocks, or rows.
 
 from __future__ import annotations
 
-from quantization.formats import FormatError
+from quantization.formats.errors import FormatError
 from quantization.formats.gguf.blocks import TYPES, BlockType
 from quantization.numerics.parameters import Mode
 from quantization.schemes.scheme import Scheme

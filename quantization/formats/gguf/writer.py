@@ -36,8 +36,9 @@ import numpy as np
 import torch
 
 from quantization.checkpoint.disk.files import new_file
-from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor, key_of
-from quantization.formats import FormatError
+from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel
+from quantization.formats.errors import FormatError
 from quantization.formats.gguf.blocks import TYPES
 from quantization.formats.gguf.config import rope_factors, sizes_of, write_config
 from quantization.formats.gguf.names import EMBEDDING, HEAD, Names, architecture_for

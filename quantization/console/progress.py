@@ -1,0 +1,60 @@
+"""How far something is, on stderr: a bar on a terminal, a line now and then elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["Progress", "progress"]
+
+#: Called with (done, total) while something goes on.
+Progress = Callable[[int, int], None]
+
+_PAUSE = 2.0  # seconds between two lines
+
+
+@contextmanager
+def progress(label: str, unit: str = "it") -> Iterator[Progress]:
+    """A function that shows how far something is.
+
+    On a terminal it moves the bar of tqdm, if that is installed, with the time that is left;
+    elsewhere it says each tenth, at most every two seconds.
+
+    Args:
+        label: what goes on.
+        unit: of what is counted; ``"B"`` for bytes.
+
+    Example:
+        >>> with progress("reading", "B") as show:
+        ...     show(1, 2)
+        ...     show(2, 2)
+    """
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        tqdm = None
+    if tqdm is None or not sys.stderr.isatty():
+        yield _tenths(label)
+        return
+    with tqdm(unit=unit, unit_scale=True, desc=label, leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield show
+
+
+def _tenths(label: str) -> Progress:
+    last_time, last_tenth = time.monotonic(), 0
+
+    def show(done: int, total: int) -> None:
+        nonlocal last_time, last_tenth
+        now, tenth = time.monotonic(), 10 * done // total if total else 10
+        if tenth > last_tenth and now - last_time > _PAUSE:
+            last_time, last_tenth = now, tenth
+            print(f"  {label}: {10 * tenth} %", file=sys.stderr, flush=True)
+
+    return show
