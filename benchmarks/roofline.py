@@ -24,9 +24,7 @@ def plot(results: Results, path: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise PlotError(
-            'the picture needs matplotlib: pip install "quantization[bench]"'
-        ) from error
+        raise PlotError('the picture needs matplotlib: pip install "qwqa[bench]"') from error
     panels = _panels(results)
     if not panels:
         raise PlotError("there is no linear cell with a limit to draw")

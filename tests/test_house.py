@@ -361,3 +361,15 @@ def test_pages_name_only_files_that_exist(page: str) -> None:
     named = set(re.findall(r"`((?:csrc|quantization|tests|tools|benchmarks)/[\w./-]+)`", text))
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
+
+
+def test_nobody_is_told_to_install_what_belongs_to_somebody_else() -> None:
+    """On the public index ``quantization`` is a stranger's; this distribution is ``qwqa``."""
+    text = (ROOT / "pyproject.toml").read_text()
+    assert re.search(r'^name = "qwqa"$', text, re.MULTILINE)
+    pages = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/*.py")]
+    for path in [*pages, *PY_FILES, *BENCH_FILES, ROOT / "pyproject.toml", ROOT / ".ci/run"]:
+        told = re.findall(
+            r"quantization\\?\[\w|pip install[^\n]*\bquantization\b", path.read_text()
+        )
+        assert not [words for words in told if "-m quantization" not in words], path.name

@@ -9,7 +9,7 @@ import doctest
 import numpy as np
 import pytest
 
-from quantization import linear_quantizer
+from quantization.numerics import linear_quantization
 from quantization.linear_quantizer import (
     PER_COLUMNS,
     PER_ROWS,
@@ -34,7 +34,7 @@ def same(left: tuple, right: tuple) -> bool:
 
 
 def test_examples() -> None:
-    outcome = doctest.testmod(linear_quantizer)
+    outcome = doctest.testmod(linear_quantization)
     assert outcome.failed == 0 and outcome.attempted > 0
 
 

@@ -118,7 +118,7 @@ def test_missing_extra_is_told_before_the_download(
 
     monkeypatch.setattr(model_sources, "import_module", refuse)
     monkeypatch.setattr(model_sources, "fetch", None)
-    with pytest.raises(ModelError, match=r'needs transformers: pip install "quantization\[demo\]"'):
+    with pytest.raises(ModelError, match=r'needs transformers: pip install "qwqa\[demo\]"'):
         load_model(name)
 
 

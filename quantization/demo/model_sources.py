@@ -1,6 +1,6 @@
 """From what a user types after `--model` to a model in memory, with what is needed to judge it.
 
-Everything but the embedded model needs the extra: ``pip install "quantization[demo]"``.
+Everything but the embedded model needs the extra: ``pip install "qwqa[demo]"``.
 """
 
 from __future__ import annotations
@@ -15,12 +15,11 @@ from torch import nn
 
 from quantization.demo import char_model
 from quantization.demo.model_download import WHEEL_MODELS, ModelError, fetch
-from quantization.ops.extras import need
+from quantization.ops.extras import install_command, need
 
 __all__ = ["LoadedModel", "ModelError", "load_model"]
 
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_EXTRA = 'pip install "quantization[demo]"'
 
 
 @dataclass
@@ -112,7 +111,9 @@ def _transformers(gguf: bool) -> Any:
         try:
             need(module, "demo")
         except ImportError as error:
-            raise ModelError(f"this model needs {module}: {_EXTRA} ({error.__cause__})") from error
+            raise ModelError(
+                f"this model needs {module}: {install_command('demo')} ({error.__cause__})"
+            ) from error
     transformers: Any = need("transformers", "demo")
     transformers.logging.set_verbosity_error()
     return transformers

@@ -30,6 +30,7 @@ from quantization.layers.quantized_module import QuantizedLinear
 from quantization.numerics.parameters import Mode
 from quantization.numerics.weight_packing import pack_weights
 from quantization.ops import native
+from quantization.ops.extras import install_command
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
 
@@ -285,6 +286,6 @@ def _onnx() -> Any:
         import onnx
     except ModuleNotFoundError:
         raise ModuleNotFoundError(
-            'writing ONNX files needs the package onnx: pip install "quantization[onnx]"'
+            f"writing ONNX files needs the package onnx: {install_command('onnx')}"
         ) from None
     return onnx

@@ -5,7 +5,20 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from types import ModuleType
 
-__all__ = ["need"]
+__all__ = ["install_command", "need"]
+
+#: Name of the distribution on a package index, where ``quantization`` is somebody else's.
+DISTRIBUTION = "qwqa"
+
+
+def install_command(extra: str) -> str:
+    """What a user types to get the packages of an extra.
+
+    Example:
+        >>> install_command("gguf")
+        'pip install "qwqa[gguf]"'
+    """
+    return f'pip install "{DISTRIBUTION}[{extra}]"'
 
 
 def need(module: str, extra: str, least: str = "") -> ModuleType:
@@ -24,7 +37,7 @@ def need(module: str, extra: str, least: str = "") -> ModuleType:
         >>> need("json", "gguf").__name__
         'json'
     """
-    remedy = f'pip install "quantization[{extra}]"'
+    remedy = install_command(extra)
     wanted = f"{module} {least} or later" if least else module
     try:
         found = metadata.version(module) if least else ""

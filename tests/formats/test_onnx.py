@@ -174,6 +174,6 @@ def test_files_are_not_replaced_unasked(tmp_path: Path) -> None:
 
 def test_without_onnx_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnx", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "quantization\[onnx\]"'):
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "qwqa\[onnx\]"'):
         export_layer_onnx(QWQALinearLayer(64, 32), tmp_path / "a.onnx")
     assert not list(tmp_path.iterdir())

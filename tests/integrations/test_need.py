@@ -18,7 +18,7 @@ from quantization.ops.extras import need
         (
             "no-such-library",
             "1",
-            r'no-such-library 1 or later is needed: pip install "quantization',
+            r'no-such-library 1 or later is needed: pip install "qwqa',
         ),
         ("torch", "999.1", r"torch 2\.\S+ is installed, 999\.1 or later is needed: pip install"),
     ],
