@@ -156,11 +156,11 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def _tell_integrations(report: Any) -> None:
+def _notify_integrations(report: Any) -> None:
     import_module("quantization.integrations").note_swap(report)
 
 
-OBSERVERS.append(_tell_integrations)
+OBSERVERS.append(_notify_integrations)
 
 
 def __dir__() -> list[str]:

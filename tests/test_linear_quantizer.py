@@ -9,7 +9,6 @@ import doctest
 import numpy as np
 import pytest
 
-from quantization.numerics import linear_quantization
 from quantization.linear_quantizer import (
     PER_COLUMNS,
     PER_ROWS,
@@ -21,6 +20,7 @@ from quantization.linear_quantizer import (
     per_dim_scale_and_zero_for,
     quantize_linear,
 )
+from quantization.numerics import linear_quantization
 
 CUTS = [Granularity.PerTensor, Granularity.PerDimension(1), Granularity.PerGroup(3)]
 

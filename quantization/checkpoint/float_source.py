@@ -89,7 +89,7 @@ def open_source(
         forms = {key: (files.entry(key).dtype, files.entry(key).shape) for key in files.file_of}
         model = skeleton_of_config(files.path) if has_config else skeleton_of_names(forms)
     sites = list(walk(model))
-    found = _take_forms(files, sites)
+    found = _adopt_stored_dtypes(files, sites)
     report = quantize_model(model, recipe, exclude=exclude, nonfinite=nonfinite)
     template = stored_model(report.model)
     layers = {
@@ -116,7 +116,7 @@ def _refuse_quantized(config: Path) -> None:
         raise CheckpointError(f"{config.parent} is quantized already: {CONFIG} has a {ENTRY}")
 
 
-def _take_forms(files: TensorFolder, sites: list[Site]) -> dict[str, str]:
+def _adopt_stored_dtypes(files: TensorFolder, sites: list[Site]) -> dict[str, str]:
     """Give the model's tensors, all on meta, the dtypes of the files; keys -> keys of the files."""
     places: list[tuple[str, nn.Module, str, torch.Tensor]] = []
     for site in sites:

@@ -124,7 +124,7 @@ def _tensor_stores(
     stored: StoredModel, sites: list[Site], made: dict[int, nn.Module]
 ) -> list[Store]:
     """What gives the tensors that no new layer holds to the modules of the model."""
-    wanted = _wanted(sites, made)
+    wanted = _needed_tensors(sites, made)
     keys = {id(old): key for key, _, _, old in reversed(wanted) if key in stored.tensors}
     missing = [key for key, _, _, old in wanted if id(old) not in keys]
     used = {key for key, *_ in wanted} | {key_of(name, "bias") for name in stored.layers}
@@ -143,7 +143,7 @@ def _tensor_stores(
     return stores
 
 
-def _wanted(
+def _needed_tensors(
     sites: Iterable[Site], made: dict[int, nn.Module]
 ) -> list[tuple[str, dict[str, Any], str, torch.Tensor]]:
     """(key, mapping, name, tensor) of what a state dict has beside the new layers."""

@@ -120,7 +120,7 @@ def quantize_checkpoint(
         _check_picklable(recipe, exclude)
     planned = open_source(source, recipe, model=model, **options)
     _refuse_source(destination, *(file.path for file in planned.files.files.values()))
-    _tell_dropped(planned)
+    _warn_dropped(planned)
     shards = plan_shards(planned.stored, max_shard_bytes)
     key = _fingerprint(planned, shards, nonfinite)
     with (
@@ -164,7 +164,7 @@ def _check_picklable(*values: Any) -> None:
         raise ValueError(f"workers cannot be sent the recipe, so use workers=1: {error}") from None
 
 
-def _tell_dropped(planned: FloatSource) -> None:
+def _warn_dropped(planned: FloatSource) -> None:
     if planned.dropped:
         some = ", ".join(planned.dropped[:5])
         warnings.warn(
@@ -183,9 +183,9 @@ def _by_one(
     meter = _Meter(shards, progress)
     for shard in shards:
         if _is_finished(folder, shard):
-            meter.tell("", shard.nbytes)
+            meter.advance("", shard.nbytes)
         else:
-            _write(folder, planned, shard, meter.tell)
+            _write(folder, planned, shard, meter.advance)
 
 
 def _by_workers(
@@ -199,7 +199,7 @@ def _by_workers(
     todo = []
     for shard in shards:
         if _is_finished(folder, shard):
-            meter.tell("", shard.nbytes)
+            meter.advance("", shard.nbytes)
         else:
             todo.append(shard)
     threads = max(1, torch.get_num_threads() // workers)
@@ -208,7 +208,7 @@ def _by_workers(
         running = {pool.submit(_work, arguments, shard.name, threads): shard for shard in todo}
         for future in as_completed(running):
             future.result()
-            meter.tell("", running[future].nbytes)
+            meter.advance("", running[future].nbytes)
     except BrokenProcessPool:
         raise RuntimeError(
             "a worker died (killed, perhaps for want of memory); what is finished is kept, and the "
@@ -243,12 +243,12 @@ def _write(
     folder: Path,
     planned: FloatSource,
     shard: Shard,
-    tell: Callable[[str, int], None] = lambda name, nbytes: None,
+    advance: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> None:
     """A file, then its record: a file without a record is not finished."""
     _record_path(folder, shard).unlink(missing_ok=True)
     try:
-        record = write_shard(folder / FILES / shard.name, planned.stored, shard, tell)
+        record = write_shard(folder / FILES / shard.name, planned.stored, shard, advance)
     except BaseException:
         (folder / FILES / shard.name).unlink(missing_ok=True)
         raise
@@ -288,7 +288,7 @@ class _Meter:
         self._progress, self._done = progress, 0
         self._total = sum(shard.nbytes for shard in shards)
 
-    def tell(self, name: str, nbytes: int) -> None:
+    def advance(self, name: str, nbytes: int) -> None:
         self._done += nbytes
         if self._progress is not None:
             self._progress(self._done, self._total)

@@ -45,7 +45,7 @@ def unfinished(destination: Path, key: str, restart: bool, *, is_first: bool) ->
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise CheckpointError(f"another process writes {destination}") from None
-        _take_up(folder, key, restart)
+        _resume_or_begin(folder, key, restart)
         yield folder
         _clear(folder)
         folder.with_suffix(".lock").unlink(missing_ok=True)
@@ -66,7 +66,7 @@ def keep_only(files: Path, names: Collection[str]) -> None:
             path.unlink()
 
 
-def _take_up(folder: Path, key: str, restart: bool) -> None:
+def _resume_or_begin(folder: Path, key: str, restart: bool) -> None:
     """Go on with the run of that key, or begin it."""
     journal, temporary = folder / _JOURNAL, folder / "journal.tmp"
     is_other = not restart and journal.is_file() and read_json(journal).get("key") != key

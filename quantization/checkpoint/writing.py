@@ -150,9 +150,9 @@ def write_shard(
     path: Path,
     stored: StoredModel,
     shard: Shard,
-    tell: Callable[[str, int], None] = lambda name, nbytes: None,
+    advance: Callable[[str, int], None] = lambda name, nbytes: None,
 ) -> FileRecord:
-    """Write one file, layer by layer; ``tell`` hears the name and bytes of each unit written."""
+    """Write one file, layer by layer; ``advance`` hears the name and bytes of each unit written."""
     with TensorWriter(path, shard.forms, {"format": "pt"}) as writer:
         for name in shard.layers:
             nbytes = 0
@@ -163,11 +163,11 @@ def write_shard(
                     nbytes += tensor.nbytes
             if key_of(name, "weight") in shard.forms:
                 writer.write(key_of(name, "weight"), placeholder())
-            tell(name, nbytes)
+            advance(name, nbytes)
         for key in shard.keys:
             tensor = stored.tensors[key].load()
             writer.write(key, tensor)
-            tell(key, tensor.nbytes)
+            advance(key, tensor.nbytes)
         return FileRecord(writer.nbytes, writer.header_sha256, writer.sha256)
 
 

@@ -89,12 +89,12 @@ def _plan(options: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 def _show_report(report: ReplacementReport, out: Output) -> None:
     out.line(report.headline)
-    out.table(*_parted(table(report.candidates)))
+    out.table(*_head_and_rows(table(report.candidates)))
     for line in report.totals:
         out.line(line)
 
 
-def _parted(rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _head_and_rows(rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
     return rows[0] if rows else (), rows[1:]
 
 
@@ -134,7 +134,7 @@ def _inspect(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     floats = {key: t for key, t in stored.tensors.items() if key not in stored.ties}
     packed = sum(c.bytes_after for c in candidates)
     others = sum(nbytes_of(tensor.dtype, tensor.shape) for tensor in floats.values())
-    out.table(*_parted(table(candidates)))
+    out.table(*_head_and_rows(table(candidates)))
     out.line(
         f"{len(candidates)} quantized layers of {size(packed)} (in float: "
         f"{size(sum(c.bytes_before for c in candidates))}), {len(floats)} other tensors of "

@@ -47,12 +47,12 @@ class Ranks(NamedTuple):
 
 def add_up(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """The sum of what all ranks have, of one shape, on each of them."""
-    return _Sum.apply(x, ranks.group) if _is_followed(x) else _sum(x, ranks.group)
+    return _Sum.apply(x, ranks.group) if _needs_gradient(x) else _sum(x, ranks.group)
 
 
 def with_summed_gradient(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     """``x``, whose gradient will be the sum of those of all ranks."""
-    return _SumOfGradients.apply(x, ranks.group) if _is_followed(x) else x
+    return _SumOfGradients.apply(x, ranks.group) if _needs_gradient(x) else x
 
 
 def gather(x: torch.Tensor, sizes: list[int], ranks: Ranks) -> torch.Tensor:
@@ -66,10 +66,10 @@ def gather(x: torch.Tensor, sizes: list[int], ranks: Ranks) -> torch.Tensor:
     Returns:
         ``[..., sum(sizes)]``.
     """
-    return _Gather.apply(x, sizes, ranks) if _is_followed(x) else _gathered(x, sizes, ranks)
+    return _Gather.apply(x, sizes, ranks) if _needs_gradient(x) else _gathered(x, sizes, ranks)
 
 
-def _is_followed(x: torch.Tensor) -> bool:
+def _needs_gradient(x: torch.Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 

@@ -54,7 +54,7 @@ class QuantizedStyle(ParallelStyle):
         self.check(module, ranks.count)
         dim = self._dim(module)
         sizes = [b - a for a, b in share_bounds(module, dim, ranks.count, self.unit)]
-        _become(module, shard(module, dim, ranks.index, ranks.count, unit=self.unit))
+        _adopt_share(module, shard(module, dim, ranks.index, ranks.count, unit=self.unit))
         self._connect(module, sizes, ranks)
         return module
 
@@ -98,7 +98,7 @@ class ColwiseQuantized(QuantizedStyle):
         return 0
 
     def _connect(self, module: nn.Module, sizes: list[int], ranks: Ranks) -> None:
-        module.register_forward_pre_hook(partial(_enter, ranks=ranks))
+        module.register_forward_pre_hook(partial(_sum_input_gradient, ranks=ranks))
         if self.gather_output:
             module.register_forward_hook(partial(_join, sizes=sizes, ranks=ranks))
 
@@ -154,7 +154,7 @@ class SumsGradients(ParallelStyle):
 # ---- a layer becomes its share ---------------------------------------------------------------
 
 
-def _become(module: Any, share: Any) -> None:
+def _adopt_share(module: Any, share: Any) -> None:
     """``module``, which others hold on to, with all that ``share`` has."""
     if not isinstance(module, QuantizedModule):
         module.weight, module.bias = share.weight, share.bias
@@ -173,7 +173,7 @@ def _become(module: Any, share: Any) -> None:
 # ---- hooks -----------------------------------------------------------------------------------
 
 
-def _enter(module: nn.Module, args: tuple, ranks: Ranks) -> tuple:
+def _sum_input_gradient(module: nn.Module, args: tuple, ranks: Ranks) -> tuple:
     x, *rest = args
     return with_summed_gradient(x, ranks), *rest
 

@@ -148,7 +148,7 @@ def _layer(
         order = _order(source, places, form, cols, groups)
 
     def load(scheme: Scheme, dtype: str) -> PackedWeights:
-        found = _spread(scales.load(), rows, groups)
+        found = _expanded(scales.load(), rows, groups)
         zero_points = None if zeros is None else zeros()
         if order is not None:
             found = found[:, order]
@@ -178,7 +178,7 @@ def _each_row(
     return source.tensor(key, dtypes, shape)
 
 
-def _spread(values: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
+def _expanded(values: torch.Tensor, rows: int, groups: int) -> torch.Tensor:
     if values.numel() == 1:
         return values.reshape(1, 1).expand(rows, groups)
     return values.reshape(rows, groups)
@@ -197,7 +197,7 @@ def _zeros(
     if found is not None and found.dtype == "int8":  # not packed: int-quantized, or an old writer
         plain = _each_row(source, key, ("int8",), form, shape)
         where = f"{source.path}: {key}"
-        return lambda: _spread(_unsigned(plain, form.bits, where), rows, groups)
+        return lambda: _expanded(_unsigned(plain, form.bits, where), rows, groups)
     words = source.tensor(key, ("int32", "int8"), (containers(rows, form.bits), groups))
     return lambda: unpack_weights(words.load(), form.bits, layout="dense", dim=0, size=rows)
 

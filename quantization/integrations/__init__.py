@@ -33,6 +33,6 @@ def note_swap(report: Any) -> None:
     for library, home in _HOMES.items():
         if library in sys.modules:
             with suppress(ImportError):
-                follow = getattr(import_module(f"{__name__}.{home}"), "follow", None)
-                if follow is not None:
-                    follow(report)
+                note = getattr(import_module(f"{__name__}.{home}"), "note_swap", None)
+                if note is not None:
+                    note(report)

@@ -46,13 +46,13 @@ from quantization.integrations.transformers_stored import (
     StoredWeights,
     state_dict_of,
 )
-from quantization.integrations.transformers_ties import settle_ties
+from quantization.integrations.transformers_ties import restrict_ties
 from quantization.integrations.transformers_weights import FloatWeights
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.models.quantizer import dequantize_model, form_of
 from quantization.swap.report import ReplacementReport
 
-__all__ = ["QuantizationConfig", "Quantizer", "follow"]
+__all__ = ["QuantizationConfig", "Quantizer", "note_swap"]
 
 
 class Quantizer(HfQuantizer):
@@ -117,7 +117,7 @@ class Quantizer(HfQuantizer):
             ValueError, TypeError: for another shape, or floats in the place of codes.
         """
         if isinstance(self._weights, StoredWeights) and not getattr(converter, "operations", ()):
-            dtype = self._weights.take_note(converter.target_patterns[0], param, dtype)
+            dtype = self._weights.checked_dtype(converter.target_patterns[0], param, dtype)
         return super().get_new_dtype(converter, param, dtype)
 
     # ---- after the weights -------------------------------------------------------------------
@@ -127,7 +127,7 @@ class Quantizer(HfQuantizer):
         report = weights.finish(model)
         if report is not None:
             self.report = report
-        settle_ties(model)
+        restrict_ties(model)
         self.quantization_config.describe(model)
         return model
 
@@ -162,14 +162,14 @@ class Quantizer(HfQuantizer):
 # ---- models that were quantized by hand ------------------------------------------------------
 
 
-def follow(report: ReplacementReport) -> None:
+def note_swap(report: ReplacementReport) -> None:
     """Take note of a swap of layers: transformers must not tie what is codes now.
 
     Example:
         >>> from quantization import quantize_model
-        >>> follow(quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), "w4"))
+        >>> note_swap(quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), "w4"))
     """
-    settle_ties(report.model)
+    restrict_ties(report.model)
 
 
 @contextmanager
@@ -189,7 +189,7 @@ def _described(model: Any, *_: Any, **__: Any) -> Iterator[None]:
             f"the model has layers of {other.quantization_config.quant_method} beside those of "
             "quantization: they cannot be saved together"
         )
-    settle_ties(model)
+    restrict_ties(model)
     old = model.config.__dict__.get("quantization_config")
     model.hf_quantizer = Quantizer(QuantizationConfig.of(model))
     try:

@@ -85,7 +85,7 @@ class StoredWeights:
         known = model._keys_to_ignore_on_load_unexpected or ()
         model._keys_to_ignore_on_load_unexpected = {*known, *ignored}
 
-    def take_note(self, key: str, stored: Any, dtype: torch.dtype | None) -> torch.dtype | None:
+    def checked_dtype(self, key: str, stored: Any, dtype: torch.dtype | None) -> torch.dtype | None:
         """Whether a tensor that is about to be read fits; the dtype to cast it to, if floats.
 
         Args:

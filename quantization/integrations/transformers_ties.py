@@ -16,10 +16,10 @@ from quantization.layers.quantized_module import QuantizedModule
 from quantization.swap.conversion import memory_of
 from quantization.swap.walker import walk
 
-__all__ = ["settle_ties", "share_tensors", "tie_parameters"]
+__all__ = ["restrict_ties", "share_tensors", "tie_parameters"]
 
 
-def settle_ties(model: nn.Module) -> None:
+def restrict_ties(model: nn.Module) -> None:
     """Let transformers tie only what can be tied, now and whenever it ties anew.
 
     Layers that are float again are put back on the list if they share a Parameter.
@@ -28,14 +28,14 @@ def settle_ties(model: nn.Module) -> None:
         model: whatever it is; only models of transformers are touched.
 
     Example:
-        >>> settle_ties(nn.Linear(8, 8))
+        >>> restrict_ties(nn.Linear(8, 8))
     """
     for module in {id(site.module): site.module for site in walk(model)}.values():
         if isinstance(module, PreTrainedModel) and hasattr(module, "all_tied_weights_keys"):
-            _settle(module)
+            _restrict(module)
 
 
-def _settle(model: PreTrainedModel) -> None:
+def _restrict(model: PreTrainedModel) -> None:
     listed = dict(model.all_tied_weights_keys)
     kept = {t: s for t, s in listed.items() if _is_float(model, t) and _is_float(model, s)}
     if len(kept) < len(listed):

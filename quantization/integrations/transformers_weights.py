@@ -25,7 +25,7 @@ __all__ = ["FloatWeights"]
 
 
 @dataclass
-class _Waiting:
+class _PendingLayer:
     """A float module of the model, on meta, until its weights are there.
 
     Attributes:
@@ -70,7 +70,7 @@ class FloatWeights:
         self._config = config
         self._error: Exception | None = None
         self._sites = list(walk(model))
-        self._waiting: dict[str, _Waiting] = {}
+        self._pending: dict[str, _PendingLayer] = {}
         twin = copy.deepcopy(model)
         tie_parameters(twin)
         if config.unfuse_experts:
@@ -80,10 +80,10 @@ class FloatWeights:
         self._planned = {name for c in report.replaced for name in (c.name, *c.aliases)}
         for waiting in self._plan(model, twin, {c.name: c.aliases for c in report.replaced}):
             if all(model.get_parameter(key).dtype == dtype for key in waiting.keys):
-                self._waiting |= dict.fromkeys(waiting.keys, waiting)
+                self._pending |= dict.fromkeys(waiting.keys, waiting)
         self._taken: dict[str, str] = {}
         self._tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}
-        self._groups = self._take_ties(model)
+        self._groups = self._claim_ties(model)
 
     def _plan(self, model: Any, twin: nn.Module, layers: dict[str, tuple[str, ...]]) -> Any:
         """What waits for weights: layers under each of their names, and modules of experts."""
@@ -98,37 +98,37 @@ class FloatWeights:
                 make = partial(_quantized_experts, layers=inner, nonfinite=nonfinite)
                 old = model.get_submodule(path)
                 keys = [name for name, value in old._parameters.items() if value is not None]
-                yield _waiting_for(path, old, make, experts, *keys)
+                yield _pending_layer(path, old, make, experts, *keys)
         for name, aliases in layers.items():
             new: Any = twin.get_submodule(name)
             make = partial(make_layer, scheme=form_of(new), nonfinite=nonfinite)
             for own in (name, *aliases):
                 if _has(model, own):
-                    yield _waiting_for(own, model.get_submodule(own), make, new, "weight")
+                    yield _pending_layer(own, model.get_submodule(own), make, new, "weight")
 
-    def _take_ties(self, model: Any) -> dict[str, set[str]]:
+    def _claim_ties(self, model: Any) -> dict[str, set[str]]:
         """Groups of keys of one weight that all become codes, by each of the keys.
 
         Of a pair that stays apart, the end that becomes codes is left until all is loaded and tied.
         """
         pairs = list(model.all_tied_weights_keys.items())
         for pair in pairs * len(pairs):  # what one pair leaves may part another
-            if sum(key in self._waiting for key in pair) == 1:
-                self._waiting = {key: w for key, w in self._waiting.items() if key not in pair}
+            if sum(key in self._pending for key in pair) == 1:
+                self._pending = {key: w for key, w in self._pending.items() if key not in pair}
         groups: dict[str, set[str]] = {}
         for target, source in pairs:
-            if target in self._waiting:
+            if target in self._pending:
                 self._taken[target] = model.all_tied_weights_keys.pop(target)
                 groups[target] = groups.setdefault(source, {source})
                 groups[target].add(target)
         return groups
 
     def __contains__(self, key: object) -> bool:
-        return key in self._waiting
+        return key in self._pending
 
     def bytes_per_number(self, key: str) -> float:
         """Of the codes that come in the place of a weight, scales and all."""
-        return self._waiting[key].bytes_per_number
+        return self._pending[key].bytes_per_number
 
     def operation(self) -> ConversionOps:
         """What transformers is to call with weights that it has read."""
@@ -136,7 +136,7 @@ class FloatWeights:
 
     # ---- each weight -------------------------------------------------------------------------
 
-    def take(self, key: str, weight: torch.Tensor, missing: set[str]) -> None:
+    def receive(self, key: str, weight: torch.Tensor, missing: set[str]) -> None:
         """Make the layers that wait for a weight, and put them into the model.
 
         The first error is kept for :meth:`finish`: transformers would make a line of a log of it.
@@ -147,13 +147,13 @@ class FloatWeights:
             return
         try:
             for other in sorted(group, key=lambda each: each != key):
-                if other == key or self._waiting[other].new is None:
-                    self._give(other, weight, group)
+                if other == key or self._pending[other].new is None:
+                    self._fill_in(other, weight, group)
         except Exception as error:
             self._error = error
 
-    def _give(self, key: str, weight: torch.Tensor, group: set[str]) -> None:
-        waiting = self._waiting[key]
+    def _fill_in(self, key: str, weight: torch.Tensor, group: set[str]) -> None:
+        waiting = self._pending[key]
         parameters = waiting.module._parameters
         parameters[key.rpartition(".")[2]] = nn.Parameter(weight)
         waiting.given.add(key)
@@ -163,7 +163,7 @@ class FloatWeights:
         for name in (each.rpartition(".")[2] for each in waiting.keys):
             parameters[name] = nn.Parameter(torch.empty_like(parameters[name], device="meta"))
         for other in group - {key}:
-            _share_if_equal(new, self._waiting[other].new)
+            _share_if_equal(new, self._pending[other].new)
         if f"{waiting.name}.bias" in self._tied:
             new.bias = nn.Parameter(new._buffers.pop("bias"))  # until transformers has tied it
         _mark_as_initialized(new)
@@ -181,7 +181,7 @@ class FloatWeights:
         """
         if self._error is not None:
             raise self._error
-        model.all_tied_weights_keys |= self._taken  # settle_ties takes them off for good
+        model.all_tied_weights_keys |= self._taken  # restrict_ties takes them off for good
         if not self._is_done(model):
             if self._config.unfuse_experts:
                 unfuse_experts(model)
@@ -193,7 +193,7 @@ class FloatWeights:
                 f"{', '.join(left[:3])}; load the model without a device_map of several devices"
             )
         for name in self._planned:
-            _take_bias(model.get_submodule(name))
+            _bias_to_buffer(model.get_submodule(name))
         return self.report
 
     def _is_done(self, model: nn.Module) -> bool:
@@ -214,7 +214,7 @@ class _QuantizeWeights(ConversionOps):
             value = input_dict.pop(key)
             weight = value[0] if isinstance(value, list) else value
             if key in self._weights:
-                self._weights.take(key, weight, set() if missing_keys is None else missing_keys)
+                self._weights.receive(key, weight, set() if missing_keys is None else missing_keys)
             else:
                 rest[key] = weight
         return rest
@@ -223,11 +223,15 @@ class _QuantizeWeights(ConversionOps):
 # ---- parts -------------------------------------------------------------------------------------
 
 
-def _waiting_for(name: str, old: nn.Module, make: Maker, new: nn.Module, *keys: str) -> _Waiting:
+def _pending_layer(
+    name: str, old: nn.Module, make: Maker, new: nn.Module, *keys: str
+) -> _PendingLayer:
     """What waits for Parameters ``keys`` of ``old``, which become ``new``, here without numbers."""
     numbers = sum(old._parameters[key].numel() for key in keys)
     size = sum(tensor.nbytes for tensor in new.state_dict().values())
-    return _Waiting(name, old, make, size / max(numbers, 1), tuple(f"{name}.{key}" for key in keys))
+    return _PendingLayer(
+        name, old, make, size / max(numbers, 1), tuple(f"{name}.{key}" for key in keys)
+    )
 
 
 def _quantized_experts(
@@ -261,7 +265,7 @@ def _mark_as_initialized(new: nn.Module) -> None:
             module._is_hf_initialized = True
 
 
-def _take_bias(layer: nn.Module) -> None:
+def _bias_to_buffer(layer: nn.Module) -> None:
     """Make a buffer again of a bias that was to be tied."""
     if layer._parameters.get("bias") is not None:
         bias = layer._parameters.pop("bias")

@@ -163,7 +163,7 @@ def _dequantized(old: Any, name: str) -> nn.Module:
 
 # ---- what becomes of each layer --------------------------------------------------------------
 
-_SPOKEN_OF = (QuantizedModule, nn.Embedding)
+_REPORTED = (QuantizedModule, nn.Embedding)
 
 
 def _find(sites: list[Site], rules: Rules, excluded: dict[int, str], nonfinite: str) -> list[Layer]:
@@ -179,14 +179,14 @@ def _find(sites: list[Site], rules: Rules, excluded: dict[int, str], nonfinite: 
             layers[own].names.append(f"{site.name}.{parameter}" if site.name else parameter)
         if key in layers:
             layers[key].names.append(site.name)
-        elif isinstance(module, _SPOKEN_OF) or looks_linear(module):
+        elif isinstance(module, _REPORTED) or looks_linear(module):
             layer = Layer(module, [site.name])
             if _decide(layer, rules, excluded, adapters, nonfinite):
                 layers[key] = layer
     found = list(layers.values())
     left_experts(found, sites)
     _decide_experts(found, rules, excluded)
-    _tell_of_parted_ties(found)
+    _note_untied(found)
     return found
 
 
@@ -286,7 +286,7 @@ def form_of(layer: QuantizedModule) -> Scheme | str | None:
     return W8A16 if isinstance(layer, QWQALinearLayer) else getattr(layer, "scheme", None)
 
 
-def _tell_of_parted_ties(layers: list[Layer]) -> None:
+def _note_untied(layers: list[Layer]) -> None:
     """Say where layers of one weight get codes of their own, as their schemes differ."""
     firsts: dict[Any, Layer] = {}
     for layer in layers:

@@ -18,7 +18,7 @@ CONTAINERS = tuple(f"{sign}int{bits}" for sign in ("u", "") for bits in (8, 16, 
 INTEGERS = ("bool", *CONTAINERS)
 TERNARY_BITS = 2  # pack_bits of base3: what one ternary code takes in the other layouts
 TERNARY_CODES = 5  # of them in a byte
-LARGEST_FIVE = 3**TERNARY_CODES - 1
+LARGEST_TERNARY_BYTE = 3**TERNARY_CODES - 1
 
 
 @dataclass(frozen=True)

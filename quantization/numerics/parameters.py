@@ -99,7 +99,7 @@ class QuantizationParameters:
             value = np.asarray(value)
         object.__setattr__(self, field, value)
         if field == "granularity":
-            self.__dict__.update(_following(value))
+            self.__dict__.update(_read_off(value))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, QuantizationParameters):
@@ -137,7 +137,7 @@ def check_parameters(params: QuantizationParameters) -> None:
     """Raise unless mode and granularity are such, and group_by and dim those of the granularity."""
     check_mode(params.mode)
     check_granularity(params.granularity)
-    for field, value in _following(params.granularity).items():
+    for field, value in _read_off(params.granularity).items():
         given = getattr(params, field)
         if given != value:
             raise ValueError(
@@ -146,7 +146,7 @@ def check_parameters(params: QuantizationParameters) -> None:
             )
 
 
-def _following(granularity: Any) -> dict[str, int | None]:
+def _read_off(granularity: Any) -> dict[str, int | None]:
     """What is read off a granularity."""
     has_dim = isinstance(granularity, PerDimension | PerGroup)
     return {

@@ -28,7 +28,7 @@ import numpy as np
 
 from quantization.numerics.packing import (
     CONTAINERS,
-    LARGEST_FIVE,
+    LARGEST_TERNARY_BYTE,
     Packing,
     bit_shifts,
     bits_for,
@@ -233,7 +233,7 @@ def _unpack(containers: np.ndarray, info: Packing, is_signed: bool) -> np.ndarra
     if info.layout != "base3":
         straddle = info.layout == "dense"
         return native.unpack(containers, length, info.bits, dim, straddle, is_signed)
-    _check_fives(containers.view("uint8"))
+    _check_ternary_bytes(containers.view("uint8"))
     fives = np.ascontiguousarray(containers if dim else containers.T).view("uint8")
     codes = native.unpack_ternary(fives, length)
     if is_signed:
@@ -242,13 +242,13 @@ def _unpack(containers: np.ndarray, info: Packing, is_signed: bool) -> np.ndarra
     return codes if dim else np.ascontiguousarray(codes.T)
 
 
-def _check_fives(fives: np.ndarray) -> None:
+def _check_ternary_bytes(fives: np.ndarray) -> None:
     """Bytes that no five ternary digits make come from elsewhere."""
-    if fives.size and fives.max() > LARGEST_FIVE:
-        row, col = np.argwhere(fives > LARGEST_FIVE)[0]
+    if fives.size and fives.max() > LARGEST_TERNARY_BYTE:
+        row, col = np.argwhere(fives > LARGEST_TERNARY_BYTE)[0]
         raise ValueError(
             f"packed[{row}, {col}] is the byte {fives[row, col]}; five ternary codes make "
-            f"0..{LARGEST_FIVE}: pass what pack_weights packed with layout='base3'"
+            f"0..{LARGEST_TERNARY_BYTE}: pass what pack_weights packed with layout='base3'"
         )
 
 

@@ -129,7 +129,7 @@ class Matrix:
         part = self.x[rows]
         return part.reshape(1, 1, -1) if self.is_one_block else _cut(part, self.group)
 
-    def spread(self, values: np.ndarray, rows: slice) -> np.ndarray:
+    def per_weight(self, values: np.ndarray, rows: slice) -> np.ndarray:
         """One value for each weight of a chunk, or what broadcasts to it, from one a block."""
         if values.shape[1] == 1:
             return values if self.is_one_block else values[rows]
@@ -213,8 +213,8 @@ def _with_float_zero_points(matrix: Matrix, stored: StoredScales) -> Coded:
     codes = np.empty(matrix.x.shape, "uint8")
     top = (1 << matrix.scheme.bits) - 1
     for rows in matrix.chunks():
-        place = matrix.x[rows] / matrix.spread(scales, rows)
-        place += matrix.spread(zero, rows)
+        place = matrix.x[rows] / matrix.per_weight(scales, rows)
+        place += matrix.per_weight(zero, rows)
         codes[rows] = np.rint(place, out=place).clip(0, top, out=place)
     return Coded(native.as_tensor_like(codes, "uint8", matrix.weight), stored, zero_points)
 
@@ -243,7 +243,7 @@ def _kmeans(matrix: Matrix) -> Coded:
     """Levels are fitted to ``x / scale``, in -1..1; the error of a level counts times its scale."""
     stored, bits = matrix.store(matrix.largest_magnitudes()), matrix.scheme.bits
     scales = np.where(stored.restored > 0, stored.restored, np.float32(np.inf))  # x / inf = 0
-    shares = (matrix.x[rows] / matrix.spread(scales, rows) for rows in matrix.chunks())
+    shares = (matrix.x[rows] / matrix.per_weight(scales, rows) for rows in matrix.chunks())
     if isinstance(matrix.scheme.granularity, PerDimension):
         fitted = [fit_codebook(some, bits, matrix.importance) for some in shares]
         return _nearest(matrix, stored, np.concatenate(fitted))
@@ -262,7 +262,7 @@ def _error_weights(matrix: Matrix, scales: np.ndarray) -> np.ndarray:
     squares = np.square(known / max(float(known.max()), _SMALLEST))
     weights = np.empty(matrix.x.shape, "float32")
     for rows in matrix.chunks():
-        weights[rows] = matrix.spread(squares, rows)
+        weights[rows] = matrix.per_weight(squares, rows)
     if matrix.importance is not None and matrix.importance.any():
         weights *= (matrix.importance / matrix.importance.max()).astype("float32")
     return weights.reshape(-1)
@@ -298,7 +298,7 @@ def _ternary(matrix: Matrix) -> Coded:
     stored = matrix.store(np.where(marked, np.nan, scales))
     codes = np.empty(matrix.x.shape, "int8")
     for rows in matrix.chunks():
-        part, half = matrix.x[rows], matrix.spread(stored.restored, rows) / 2
+        part, half = matrix.x[rows], matrix.per_weight(stored.restored, rows) / 2
         codes[rows] = (part > half).view("int8") - (part < -half).view("int8")
     return Coded(native.as_tensor_like(codes, "int8", matrix.weight), stored)
 

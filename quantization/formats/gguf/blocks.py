@@ -146,31 +146,35 @@ def _q4_1(parts: Blocks) -> np.ndarray:
     return np.concatenate([*head, _nibbles(parts.codes)], axis=1)
 
 
-def _from_fives(high: np.ndarray, low: np.ndarray) -> np.ndarray:
+def _from_ternary_bytes(high: np.ndarray, low: np.ndarray) -> np.ndarray:
     """Codes of 5 bits: 32 fifth bits, the first the lowest, and 32 nibbles."""
     return _from_nibbles(low) | np.unpackbits(high, axis=1, bitorder="little") << 4
 
 
-def _fives(codes: np.ndarray) -> list[np.ndarray]:
+def _ternary_bytes(codes: np.ndarray) -> list[np.ndarray]:
     return [np.packbits(codes >> 4, axis=1, bitorder="little"), _nibbles(codes)]
 
 
 def _from_q5_0(blocks: np.ndarray) -> Blocks:
-    return Blocks(_signed(_from_fives(blocks[:, 2:6], blocks[:, 6:]), 16), _half(blocks[:, :2]))
+    return Blocks(
+        _signed(_from_ternary_bytes(blocks[:, 2:6], blocks[:, 6:]), 16), _half(blocks[:, :2])
+    )
 
 
 def _q5_0(parts: Blocks) -> np.ndarray:
-    return np.concatenate([_bytes(parts.scales), *_fives(_unsigned(parts.codes, 16))], axis=1)
+    return np.concatenate(
+        [_bytes(parts.scales), *_ternary_bytes(_unsigned(parts.codes, 16))], axis=1
+    )
 
 
 def _from_q5_1(blocks: np.ndarray) -> Blocks:
     minima = _half(blocks[:, 2:4]).astype("float32")
-    return Blocks(_from_fives(blocks[:, 4:8], blocks[:, 8:]), _half(blocks[:, :2]), minima)
+    return Blocks(_from_ternary_bytes(blocks[:, 4:8], blocks[:, 8:]), _half(blocks[:, :2]), minima)
 
 
 def _q5_1(parts: Blocks) -> np.ndarray:
     head = [_bytes(parts.scales), _bytes(parts.minima)]
-    return np.concatenate([*head, *_fives(parts.codes)], axis=1)
+    return np.concatenate([*head, *_ternary_bytes(parts.codes)], axis=1)
 
 
 def _from_mxfp4(blocks: np.ndarray) -> Blocks:

@@ -111,14 +111,14 @@ class _Walk:
 
     def whole(self) -> tuple[dict[str, Any], list[_Entry]]:
         """Metadata and tensors; FormatError unless all is known, and where and as long as said."""
-        (version,) = self._take("I")
+        (version,) = self._read("I")
         if version not in _VERSIONS:
             raise FormatError(
                 f"it is of version {version}; versions {_VERSIONS} in little endian are read"
             )
-        tensors, values = self._take("QQ")
+        tensors, values = self._read("QQ")
         self._check_count(values, "values of metadata")
-        facts = self._facts(values)
+        facts = self._metadata(values)
         self._check_count(tensors, "tensors")
         entries = [self._entry() for _ in range(tensors)]
         start = -(-self.at // self.alignment) * self.alignment
@@ -126,7 +126,7 @@ class _Walk:
         self._check_places(entries)
         return facts, entries
 
-    def _take(self, form: str) -> tuple[Any, ...]:
+    def _read(self, form: str) -> tuple[Any, ...]:
         size = struct.calcsize("<" + form)
         self._skip(size)
         return struct.unpack_from("<" + form, self.data, self.at - size)
@@ -140,7 +140,7 @@ class _Walk:
         self.at += size
 
     def _text(self) -> str:
-        (length,) = self._take("Q")
+        (length,) = self._read("Q")
         self._skip(length)
         return self.data[self.at - length : self.at].decode("utf-8")
 
@@ -150,7 +150,7 @@ class _Walk:
 
     # ---- metadata ----------------------------------------------------------------------------
 
-    def _facts(self, count: int) -> dict[str, Any]:
+    def _metadata(self, count: int) -> dict[str, Any]:
         keys: set[str] = set()
         facts = {}
         for _ in range(count):
@@ -158,7 +158,7 @@ class _Walk:
             if key in keys:
                 raise FormatError(f"it has the metadata {key} twice")
             keys.add(key)
-            (kind,) = self._take("I")
+            (kind,) = self._read("I")
             if kind == _ARRAY:
                 self._skip_array(key)
             else:
@@ -172,16 +172,16 @@ class _Walk:
             return self._text()
         if kind not in _FORMS:
             raise FormatError(f"the metadata {key} is of the unknown type {kind}")
-        return self._take(_FORMS[kind])[0]
+        return self._read(_FORMS[kind])[0]
 
     def _skip_array(self, key: str) -> None:
-        kind, count = self._take("IQ")
+        kind, count = self._read("IQ")
         if kind in _FORMS:
             self._skip(count * struct.calcsize("<" + _FORMS[kind]))
         elif kind == _STRING:
             self._check_count(count, "strings")
             for _ in range(count):
-                self._skip(self._take("Q")[0])
+                self._skip(self._read("Q")[0])
         else:
             raise FormatError(f"the metadata {key} is an array of the unknown type {kind}")
 
@@ -190,11 +190,11 @@ class _Walk:
     def _entry(self) -> _Entry:
         """The next tensor, its start counted from that of all tensors."""
         name = self._text()
-        (dimensions,) = self._take("I")
+        (dimensions,) = self._read("I")
         if dimensions > _MOST_DIMENSIONS:
             raise FormatError(f"the tensor {name} says that it has {dimensions} dimensions")
-        shape = self._take(f"{dimensions}Q")[::-1]
-        kind, start = self._take("IQ")
+        shape = self._read(f"{dimensions}Q")[::-1]
+        kind, start = self._read("IQ")
         if kind not in self.kinds:
             raise FormatError(f"the tensor {name} is of the unknown type {kind}")
         if start % self.alignment:

@@ -181,7 +181,7 @@ def _parts(
     if kind.name == "MXFP4":
         scales, minima, moved = _exponents(packed, name)[:, place], None, 0.0
     else:
-        told = _Told(name, packed.scheme, kind, first, allow_rounding)
+        told = _ErrorWords(name, packed.scheme, kind, first, allow_rounding)
         scales, minima, moved = _halves(packed, place, kind, told)
     codes = _codes(packed, kind, name).reshape(-1, kind.length)
     minima = None if minima is None else minima.reshape(-1, 1)
@@ -237,7 +237,7 @@ def _exponents(packed: PackedWeights, name: str) -> np.ndarray:
 
 
 def _halves(
-    packed: PackedWeights, place: np.ndarray, kind: BlockType, told: _Told
+    packed: PackedWeights, place: np.ndarray, kind: BlockType, told: _ErrorWords
 ) -> tuple[np.ndarray, np.ndarray | None, float]:
     """Scales and minima of the blocks as float16, and how far they move a weight."""
     exact = restore(packed.scales, packed.scale_steps)[:, place]
@@ -275,7 +275,7 @@ def _zero_points(packed: PackedWeights) -> torch.Tensor:
     )
 
 
-class _Told(NamedTuple):
+class _ErrorWords(NamedTuple):
     """What an error says of numbers that float16 does not hold."""
 
     name: str

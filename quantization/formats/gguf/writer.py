@@ -285,13 +285,13 @@ def _write_metadata(
         writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     if plain:
-        writer.add_string(PLAIN_KEY, json.dumps(_facts_of(stored)))
+        writer.add_string(PLAIN_KEY, json.dumps(_description_of(stored)))
     else:
         write_config(writer, stored.config or {})
         write_tokenizer(writer, stored.assets, stored.config or {})
 
 
-def _facts_of(stored: StoredModel) -> dict[str, Any]:
+def _description_of(stored: StoredModel) -> dict[str, Any]:
     """What a file without an architecture says about a model, for JSON."""
     layers = {
         name: {"kind": layer.kind, "dtype": layer.dtype, "more": dict(layer.more)}
