@@ -180,10 +180,13 @@ class PackedWeights:
             array([[-8,  4,  2]], dtype=int8)
         """
         is_signed = self.scheme.mode is Mode.Symmetric and not self.scheme.has_codebook
+        dtype = "int8" if is_signed else "uint8"
+        if native.is_meta(self.packed_weights):
+            return native.filled(self.shape, 0, dtype, self.packed_weights)
         return unpack_weights(
             self.packed_weights,
             self.scheme.bits,
-            dtype="int8" if is_signed else "uint8",
+            dtype=dtype,
             layout=_layout(self.scheme),
             dim=1,
             size=self.shape[1],
