@@ -59,8 +59,9 @@ def float_parts(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     reason = why_left(linear)
     if reason is not None:
         raise TypeError(f"{type(linear).__name__} cannot be converted: {reason}")
-    weight = linear.weight.detach()
-    bias = None if linear.bias is None else linear.bias.detach()
+    layer: Any = linear
+    weight: torch.Tensor = layer.weight.detach()
+    bias = None if layer.bias is None else layer.bias.detach()
     return (weight.t() if is_conv1d(linear) else weight), bias
 
 
@@ -87,7 +88,8 @@ def _why_class(module: Any) -> str | None:
     if isinstance(module, nn.modules.lazy.LazyModuleMixin) and module.has_uninitialized_params():
         return "lazy: it has no weight yet; run the model once on an input first"
     if parametrize.is_parametrized(module):
-        names = ", ".join(module.parametrizations)
+        parametrized: Any = module.parametrizations
+        names = ", ".join(parametrized)
         return (
             f"parametrized ({names}): its tensors are computed anew at each call; "
             "torch.nn.utils.parametrize.remove_parametrizations makes them plain"
@@ -140,7 +142,7 @@ def _why_extras(module: nn.Module) -> str | None:
     return None
 
 
-def _why_weight(module: nn.Module) -> str | None:
+def _why_weight(module: Any) -> str | None:
     for name in _tensors_of(module):
         value = module._parameters[name]
         if value is None:
@@ -181,7 +183,9 @@ def embedding_table(embedding: nn.Module) -> torch.Tensor:
     reason = why_embedding_left(embedding)
     if reason is not None:
         raise TypeError(f"{type(embedding).__name__} cannot be converted: {reason}")
-    return embedding.weight.detach()
+    weight: Any = embedding.weight
+    table: torch.Tensor = weight.detach()
+    return table
 
 
 def why_embedding_left(module: Any) -> str | None:

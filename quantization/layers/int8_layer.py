@@ -227,28 +227,18 @@ per row, 768 bytes)
     @property
     def dtype(self) -> torch.dtype:
         """Of scales, bias and weight."""
-        return self._buffers["scales"].dtype
+        scales: torch.Tensor = self._buffers["scales"]
+        return scales.dtype
 
-    @QuantizedLinear.weight.getter
-    def weight(self) -> torch.Tensor:
-        """The weight that the codes stand for, computed anew at each reading: int8 * scale.
-
-        ``[out_features, in_features]`` in the layer's dtype, on its device; no gradient. Libraries
-        read it (for its dtype and device, or as a whole); :meth:`forward` does not.
-
-        Example:
-            >>> layer = QWQALinearLayer(2, 1, dtype=torch.bfloat16)
-            >>> layer.weight.dtype, layer.weight.shape
-            (torch.bfloat16, torch.Size([1, 2]))
-        """
-        buffers = self._buffers
-        scales = buffers["scales"]
-        return buffers[_CODES].to(scales.dtype) * scales.unsqueeze(1)
+    def _decoded(self) -> torch.Tensor:
+        scales: torch.Tensor = self._buffers["scales"]
+        return self.codes.to(scales.dtype) * scales.unsqueeze(1)
 
     @property
     def codes(self) -> torch.Tensor:
         """The int8 codes ``[out_features, in_features]``: the buffer itself, not a copy."""
-        return self._buffers[_CODES]
+        codes: torch.Tensor = self._buffers[_CODES]
+        return codes
 
     def _weight_names(self) -> tuple[str, ...]:
         return _CODES, "scales"

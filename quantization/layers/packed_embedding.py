@@ -107,9 +107,8 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             True
         """
         weight = embedding_table(embedding)
-        made = cls(
-            *weight.shape, embedding.padding_idx, scheme=scheme, dtype=weight.dtype, device="meta"
-        )
+        (rows, cols), dtype = weight.shape, weight.dtype
+        made = cls(rows, cols, embedding.padding_idx, scheme=scheme, dtype=dtype, device="meta")
         made.quantize(weight, nonfinite=nonfinite, name=name, importance=importance)
         return made.train(embedding.training)
 
@@ -122,8 +121,8 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             >>> PackedEmbedding.from_packed(pack_matrix(torch.eye(4), "w2a"))(torch.tensor([2]))
             tensor([[0., 0., 1., 0.]])
         """
-        dtype = getattr(torch, packed.dtype)
-        made = cls(*packed.shape, padding_idx, scheme=packed.scheme, dtype=dtype, device="meta")
+        (rows, cols), dtype = packed.shape, getattr(torch, packed.dtype)
+        made = cls(rows, cols, padding_idx, scheme=packed.scheme, dtype=dtype, device="meta")
         made._set_buffers(made._parts_of(packed), packed.shape)
         return made
 
@@ -140,11 +139,14 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             IndexError: for a number that is no row of the table.
         """
         rows, buffers = input.reshape(-1), self._buffers
-        parts = [buffers[name] for name in PARTS]
+        parts: list[Any] = [buffers[name] for name in PARTS]
         for i, tensor in enumerate(parts):
             if tensor is not None and tensor.shape[0] == self.num_embeddings:
                 parts[i] = tensor.index_select(0, rows)  # all but one codebook for all rows
-        decoded = packed_rows.decode_rows(*parts, self._bits, self._group, self.embedding_dim)
+        weights, scales, *others = parts
+        decoded: torch.Tensor = packed_rows.decode_rows(
+            weights, scales, *others, self._bits, self._group, self.embedding_dim
+        )
         shape = input.shape + (self.embedding_dim,)  # noqa: RUF005 (fx cannot unpack a shape)
         return decoded.to(self.dtype).reshape(shape)
 
@@ -176,7 +178,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
     def _weight_shape(self) -> tuple[int, int]:
         return self.num_embeddings, self.embedding_dim
 
-    def _set_buffers(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
+    def _set_buffers(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, ...]) -> None:
         super()._set_buffers(buffers, shape)
         self.num_embeddings, self.embedding_dim = shape
 

@@ -32,6 +32,7 @@ class PackedModule(QuantizedModule):
         "_group",
     }
 
+    _scheme: Scheme
     packed_weights: torch.Tensor
     scales: torch.Tensor
     scale_steps: torch.Tensor | None
@@ -56,7 +57,7 @@ class PackedModule(QuantizedModule):
             self.register_buffer(name, tensors[name])
         self._set_kernel_numbers(shape)
 
-    def _set_kernel_numbers(self, shape: tuple[int, int]) -> None:
+    def _set_kernel_numbers(self, shape: tuple[int, ...]) -> None:
         """What the operator is told beside the buffers."""
         self._bits, self._group, *_ = self._scheme.kernel_numbers(shape[1])
 
@@ -81,25 +82,14 @@ class PackedModule(QuantizedModule):
             torch.bfloat16
         """
         for name in (*self._floats, "bias"):
-            tensor = getattr(self, name, None)
+            tensor: torch.Tensor | None = getattr(self, name, None)
             if tensor is not None:
                 return tensor.dtype
         return self._dtype
 
-    @QuantizedModule.weight.getter
-    def weight(self) -> torch.Tensor:
-        """The weight that the codes stand for, computed anew at each reading.
-
-        A float matrix of the layer's dtype, on its device; no gradient. Libraries read it (for its
-        dtype and device, or as a whole); forward does not.
-
-        Example:
-            >>> from quantization import PackedLinearLayer
-            >>> layer = PackedLinearLayer(2, 1, dtype=torch.bfloat16)
-            >>> layer.weight.dtype, layer.weight.shape
-            (torch.bfloat16, torch.Size([1, 2]))
-        """
-        return self.packed().dequantize(name_of(self.dtype))
+    def _decoded(self) -> torch.Tensor:
+        weight: torch.Tensor = self.packed().dequantize(name_of(self.dtype))
+        return weight
 
     def packed(self) -> PackedWeights:
         """The weight as a value: scheme, shape, and the layer's own tensors, not copied.
@@ -164,7 +154,7 @@ class PackedModule(QuantizedModule):
     def _parts_of(packed: PackedWeights) -> dict[str, torch.Tensor | None]:
         return {part: getattr(packed, part) for part in PARTS}
 
-    def _set_buffers(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
+    def _set_buffers(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, ...]) -> None:
         super()._set_buffers(buffers, shape)
         self._set_kernel_numbers(shape)
 
@@ -179,7 +169,7 @@ class PackedModule(QuantizedModule):
             and tensor is not None
             and tensor.is_floating_point()
         }
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._dtype = fn(probe).dtype
         for name, tensor in fixed.items():
             moved = self._buffers[name]
@@ -206,7 +196,7 @@ class PackedModule(QuantizedModule):
         """The levels of a grid that fixes them are those of the scheme."""
         if incoming is None or incoming.is_meta or self._scheme.grid == "kmeans":
             return
-        levels = pack_matrix(torch.zeros(1, 1), self._scheme).codebook
+        levels: Any = pack_matrix(torch.zeros(1, 1), self._scheme).codebook
         given = incoming.detach().float().to(levels.device)
         if not torch.allclose(given, levels, rtol=1 / 64, atol=0.0):  # bfloat16 keeps 8 bits
             raise ValueError(

@@ -26,8 +26,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
     _forms: ClassVar[dict[str, type[QuantizedLinear]]] = {}
 
-    #: What a kernel is chosen by; None: int8 codes, a scale a row.
-    _scheme: Scheme | None = None
+    bias: Any  # a tensor, a Parameter or None
 
     def __init_subclass__(cls, form: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
@@ -49,7 +48,7 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def _of_float(cls, linear: nn.Module, arguments: dict[str, Any], **options: Any) -> Self:
         """The layer of a float one, built with more arguments and quantized with options."""
         weight, bias = float_parts(linear)
-        layer = cls(
+        layer: Any = cls(
             in_features=weight.shape[1],
             out_features=weight.shape[0],
             bias=bias is not None,
@@ -59,15 +58,12 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
         layer.quantize(weight, **options)
         layer.was_conv1d = is_conv1d(linear)
         layer.bias = bias
-        return layer.train(linear.training)
+        made: Self = layer.train(linear.training)
+        return made
 
     @classmethod
     def from_packed(cls, packed: PackedWeights, bias: torch.Tensor | None = None) -> Self:
         """The layer of exactly the weight that is packed already."""
-        raise NotImplementedError
-
-    def quantize(self, weights: torch.Tensor, **options: Any) -> None:
-        """Give the layer other weights."""
         raise NotImplementedError
 
     # ---- one form into another ---------------------------------------------------------------
@@ -160,8 +156,9 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
     def _weight_shape(self) -> tuple[int, int]:
         return self.out_features, self.in_features
 
-    def _set_buffers(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
-        self.bias = bias_beside(buffers[self._weight_names()[0]], self.bias)
+    def _set_buffers(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, ...]) -> None:
+        codes = buffers[self._weight_names()[0]]
+        self.bias = None if codes is None else bias_beside(codes, self.bias)
         super()._set_buffers(buffers, shape)
         self.out_features, self.in_features = shape
 

@@ -7,6 +7,7 @@ refused before anything is copied.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from torch import nn
 
 from quantization.ops.dtypes import index_of, name_of, source_of
 from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.scheme import Scheme
 
 _READ_ONLY = (
     "the weight of a quantized layer is computed from its codes and cannot be assigned; "
@@ -36,6 +38,9 @@ class QuantizedModule(nn.Module):
     #: Whether it came from a Conv1D of transformers, whose checkpoints have weights [in, out].
     was_conv1d: bool = False
 
+    _buffers: dict[str, Any]
+    _scheme: Scheme | None = None
+
     @property
     def dtype(self) -> torch.dtype:
         """Of the layer's floats: scales, bias and whatever :attr:`weight` gives."""
@@ -43,8 +48,18 @@ class QuantizedModule(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """What the codes stand for, computed anew at each reading."""
-        raise NotImplementedError
+        """The weight that the codes stand for, computed anew at each reading.
+
+        A float matrix of the layer's dtype, on its device; no gradient. Libraries read it (for its
+        dtype and device, or as a whole); ``forward`` does not.
+
+        Example:
+            >>> from quantization import PackedLinearLayer
+            >>> layer = PackedLinearLayer(2, 1, dtype=torch.bfloat16)
+            >>> layer.weight.dtype, layer.weight.shape
+            (torch.bfloat16, torch.Size([1, 2]))
+        """
+        return self._decoded()
 
     @weight.setter
     def weight(self, value: Any) -> None:
@@ -53,6 +68,10 @@ class QuantizedModule(nn.Module):
         own = self.weight
         if value.dtype != own.dtype or not torch.equal(value, own):  # the numbers it has may come
             raise AttributeError(_READ_ONLY)
+
+    def _decoded(self) -> torch.Tensor:
+        """What :attr:`weight` gives."""
+        raise NotImplementedError
 
     def _weight_names(self) -> tuple[str, ...]:
         """Names of the buffers that make the weight, the codes first."""
@@ -69,7 +88,7 @@ class QuantizedModule(nn.Module):
         """
         raise NotImplementedError
 
-    def _set_buffers(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, int]) -> None:
+    def _set_buffers(self, buffers: dict[str, torch.Tensor | None], shape: tuple[int, ...]) -> None:
         """Hold those buffers, which are of a weight of that shape."""
         for name, tensor in buffers.items():
             self._buffers[name] = tensor
@@ -98,7 +117,8 @@ class QuantizedModule(nn.Module):
             >>> QWQALinearLayer(100, 8).codes.dtype
             torch.int8
         """
-        return self.packed().codes
+        codes: torch.Tensor = self.packed().codes
+        return codes
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """As in nn.Module, but a weight is refused.
@@ -159,8 +179,9 @@ class QuantizedModule(nn.Module):
         fresh: Any = self._float_module(device, self.dtype)
         buffers = self._buffers_of(fresh.weight.detach(), self.dtype, "raise", "weights")
         self._set_buffers(buffers, self._weight_shape())
-        if getattr(self, "bias", None) is not None:
-            self.bias.detach().copy_(fresh.bias.detach())
+        bias = getattr(self, "bias", None)
+        if bias is not None:
+            bias.detach().copy_(fresh.bias.detach())
 
     def dequantize(self) -> nn.Module:
         """The float module of the numbers that the codes stand for; this one is left as it is.
@@ -180,7 +201,7 @@ class QuantizedModule(nn.Module):
             >>> bool((table.dequantize().weight == table.weight).all())
             True
         """
-        module: Any = self._float_module("meta", self.dtype)
+        module = self._float_module("meta", self.dtype)
         with torch.inference_mode(False):
             module.weight = nn.Parameter(self.weight)
             bias = getattr(self, "bias", None)
@@ -191,7 +212,14 @@ class QuantizedModule(nn.Module):
     # ---- loading -----------------------------------------------------------------------------
 
     def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        self,
+        state_dict: Mapping[str, Any],
+        prefix: str,
+        local_metadata: Mapping[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
     ) -> None:
         """As nn.Module does, but a float ``weight`` is quantized, and no type is ever cast to int.
 

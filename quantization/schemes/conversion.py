@@ -6,7 +6,7 @@ import torch
 
 from quantization.numerics.granularity import Granularity
 from quantization.numerics.parameters import Mode
-from quantization.numerics.weight_packing import pack_weights, unpack_weights
+from quantization.numerics.weight_packing import pack_weights
 from quantization.ops.dtypes import name_of
 from quantization.schemes.layer_weights import pack_as
 from quantization.schemes.packed_weights import PackedWeights
@@ -55,14 +55,8 @@ def _exactly(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
     old, new = packed.scheme.group(cols), scheme.group(cols)
     if packed.scheme.groups(cols) > 1 and old % new:  # a new group with two old scales
         return None
-    levels = whole_levels(packed)
-    if levels is None or levels.is_meta:
-        return None
-    half = 1 << (scheme.bits - 1)
-    if levels.numel() and not (-half <= int(levels.min()) and int(levels.max()) < half):
-        return None
-    scales = _scales_of(packed)
-    if scales is None:
+    levels, scales, half = whole_levels(packed), _scales_of(packed), 1 << (scheme.bits - 1)
+    if levels is None or levels.is_meta or scales is None or not _within(levels, -half, half - 1):
         return None
     starts = torch.arange(scheme.groups(cols), device=scales.device) * new
     codes = pack_weights(levels.to(torch.int8), scheme.bits, layout="dense", dim=1)
@@ -98,10 +92,7 @@ def _int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
             "no exact int8 layer; QWQALinearLayer.from_float(layer.dequantize()) rounds"
         )
     levels, scales = whole_levels(packed), _scales_of(packed)
-    is_whole = levels is not None and scales is not None
-    if is_whole and levels.numel() and not levels.is_meta:
-        is_whole = int(levels.min()) >= _LOW and int(levels.max()) <= _HIGH
-    if not is_whole:
+    if levels is None or scales is None or not _within(levels, _LOW, _HIGH):
         raise ValueError(
             f"codes of scheme {scheme} do not stand for whole numbers of {_LOW}..{_HIGH} times a "
             "scale: no exact int8 layer; QWQALinearLayer.from_float(layer.dequantize()) rounds"
@@ -125,24 +116,21 @@ def whole_levels(packed: PackedWeights) -> torch.Tensor | None:
         return None
     if packed.packed_weights.is_meta:
         return torch.empty((rows, cols), dtype=torch.int16, device="meta")
-    is_signed = scheme.grid != "binary" and not is_asymmetric
-    layout = "base3" if scheme.grid == "ternary" else "dense"
-    codes = unpack_weights(
-        packed.packed_weights,
-        scheme.bits,
-        dtype="int8" if is_signed else "uint8",
-        layout=layout,
-        dim=1,
-        size=cols,
-    ).to(torch.int16)
+    codes: torch.Tensor = packed.codes.to(torch.int16)
     if scheme.grid == "binary":
         return 2 * codes - 1
     if is_asymmetric:
-        groups = scheme.groups(cols)
-        zeros = unpack_weights(packed.zero_points, scheme.bits, layout="dense", dim=1, size=groups)
+        zeros: torch.Tensor = packed.integer_zero_points().to(torch.int16)
         place = torch.arange(cols, device=codes.device) // scheme.group(cols)
-        codes = codes - zeros.to(torch.int16).index_select(1, place)
+        codes = codes - zeros.index_select(1, place)
     return codes
+
+
+def _within(levels: torch.Tensor, low: int, high: int) -> bool:
+    """Whether all numbers are of that range; where there are none, they are."""
+    if levels.is_meta or not levels.numel():
+        return True
+    return low <= int(levels.min()) and int(levels.max()) <= high
 
 
 def _scales_of(packed: PackedWeights) -> torch.Tensor | None:
@@ -150,6 +138,6 @@ def _scales_of(packed: PackedWeights) -> torch.Tensor | None:
     scales, dtype = packed.scales, getattr(torch, packed.dtype)
     if packed.scale_steps is not None:
         scales = scales.float() * packed.scale_steps.unsqueeze(1)
-    cast = scales.to(dtype)
+    cast: torch.Tensor = scales.to(dtype)
     is_same = scales.is_meta or torch.equal(cast.to(scales.dtype).nan_to_num(), scales.nan_to_num())
     return cast if is_same else None

@@ -48,7 +48,7 @@ def pack_as(
         torch.bfloat16
     """
     weights = check_weight(weights, name)
-    options = {"importance": importance, "nonfinite": nonfinite, "name": name}
+    options: dict[str, Any] = {"importance": importance, "nonfinite": nonfinite, "name": name}
     with torch.inference_mode(False), torch.no_grad():
         if weights.dtype == dtype:
             return pack_matrix(weights, scheme, **options)

@@ -158,7 +158,7 @@ class PackedWeights:
         if native.is_meta(self.packed_weights) or 0 in self.shape:
             return native.filled(self.shape, 0, out, self.packed_weights)
         wide = "float32" if out == "float64" else out
-        zero = self._integer_zero_points()
+        zero = self.integer_zero_points()
         params = QuantizationParameters(
             native.as_tensor_like(
                 restore(self.scales, self.scale_steps), "float32", self.packed_weights
@@ -213,7 +213,14 @@ class PackedWeights:
     def _has_float_zero_points(self) -> bool:
         return self.scheme.mode is Mode.Asymmetric and self.scheme.zero_point == "float"
 
-    def _integer_zero_points(self) -> Tensor | None:
+    def integer_zero_points(self) -> Tensor | None:
+        """Zero points that are whole codes, int32 ``[out, groups]``; None where there are none.
+
+        Example:
+            >>> import numpy as np
+            >>> pack_matrix(np.array([[-1.0, 2.0]], "float32"), "w2a").integer_zero_points()
+            array([[1]], dtype=int32)
+        """
         if self.scheme.mode is Mode.Symmetric or self._has_float_zero_points:
             return None
         groups = self.scheme.groups(self.shape[1])
