@@ -14,9 +14,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.nn import functional as F
 
-from quantization.ops.operators import Call
+from quantization.ops.operators import Call, check_call
 from quantization.ops.packed_rows import decode_rows
-from quantization.ops.torch_checks import check_call
 
 _BLOCK = 1 << 24  # numbers of a weight that are in float at a time: 64 MiB of float32
 

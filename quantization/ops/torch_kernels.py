@@ -18,8 +18,7 @@ import torch
 
 from quantization import _kernels
 from quantization.ops import torch_devices
-from quantization.ops.operators import OPERATORS, Call
-from quantization.ops.torch_checks import check_call
+from quantization.ops.operators import OPERATORS, Call, check_call
 
 # ---- kernels in Python, for a torch without the stable shim -----------------------------------
 
