@@ -1,8 +1,28 @@
-from typing import Any
+"""The C kernels, as csrc/binding*.c takes their arguments: by place, for C gives them no names."""
+
+from typing import Any, TypeAlias
 
 import numpy as np
 
-_Array = np.ndarray[Any, Any]
+_Array: TypeAlias = np.ndarray[Any, Any]
+_Optional: TypeAlias = _Array | None
+
+#: rows, cols, block_rows, block_cols
+_Grid: TypeAlias = tuple[int, int, int, int]
+#: source_dtype, code_dtype, scale_dtype, mode, code_min, code_max, keep_non_finite
+_Rule: TypeAlias = tuple[int, int, int, int, float, float, int]
+#: rows, cols, bits, container_bytes, axis, straddle
+_Packing: TypeAlias = tuple[int, int, int, int, int, int]
+#: tokens, out_features, in_features
+_Sizes: TypeAlias = tuple[int, int, int]
+#: codes, scales, scale_steps, zero_points, codebook
+_Packed: TypeAlias = tuple[_Array, _Array, _Optional, _Optional, _Optional]
+#: bits, group, codebook_rows
+_Groups: TypeAlias = tuple[int, int, int]
+#: of the result, the rows and the scales
+_Dtypes: TypeAlias = tuple[int, int, int]
+#: the same, and of zero_points and codebook
+_PackedDtypes: TypeAlias = tuple[int, int, int, int, int]
 
 FLOAT32: int
 FLOAT64: int
@@ -21,200 +41,53 @@ BINARY: int
 
 class DataError(ValueError): ...
 
-def quantize(
-    codes: _Array,
-    scale: _Array,
-    zero: _Array | None,
-    source: _Array,
-    rows: int,
-    cols: int,
-    block_rows: int,
-    block_cols: int,
-    source_dtype: int,
-    code_dtype: int,
-    scale_dtype: int,
-    mode: int,
-    code_min: float,
-    code_max: float,
-    keep_non_finite: int,
-    /,
-) -> None: ...
-def measure(
-    scale: _Array,
-    zero: _Array | None,
-    source: _Array,
-    rows: int,
-    cols: int,
-    block_rows: int,
-    block_cols: int,
-    source_dtype: int,
-    code_dtype: int,
-    scale_dtype: int,
-    mode: int,
-    code_min: float,
-    code_max: float,
-    keep_non_finite: int,
-    /,
-) -> None: ...
-def encode(
-    codes: _Array,
-    source: _Array,
-    scale: _Array,
-    zero: _Array | None,
-    rows: int,
-    cols: int,
-    block_rows: int,
-    block_cols: int,
-    source_dtype: int,
-    code_dtype: int,
-    scale_dtype: int,
-    mode: int,
-    code_min: float,
-    code_max: float,
-    keep_non_finite: int,
-    /,
-) -> None: ...
-def decode(
-    out: _Array,
-    codes: _Array,
-    scale: _Array,
-    zero: _Array | None,
-    rows: int,
-    cols: int,
-    block_rows: int,
-    block_cols: int,
-    out_dtype: int,
-    code_dtype: int,
-    /,
-) -> None: ...
-def pack(
-    packed: _Array,
-    codes: _Array,
-    rows: int,
-    cols: int,
-    bits: int,
-    container_bytes: int,
-    axis: int,
-    straddle: int,
-    /,
-) -> int: ...
-def unpack(
-    codes: _Array,
-    packed: _Array,
-    rows: int,
-    cols: int,
-    bits: int,
-    container_bytes: int,
-    axis: int,
-    straddle: int,
-    is_signed: int,
-    /,
-) -> None: ...
+# codes, scale, zero, source
+def quantize(*_: *tuple[_Array, _Array, _Optional, _Array, *_Grid, *_Rule]) -> None: ...
+
+# scale, zero, source
+def measure(*_: *tuple[_Array, _Optional, _Array, *_Grid, *_Rule]) -> None: ...
+
+# codes, source, scale, zero
+def encode(*_: *tuple[_Array, _Array, _Array, _Optional, *_Grid, *_Rule]) -> None: ...
+
+# out, codes, scale, zero; ...; out_dtype, code_dtype
+def decode(*_: *tuple[_Array, _Array, _Array, _Optional, *_Grid, int, int]) -> None: ...
+
+# packed, codes; returns FITS_UNSIGNED | FITS_SIGNED, what holds of them
+def pack(*_: *tuple[_Array, _Array, *_Packing]) -> int: ...
+
+# codes, packed; ...; is_signed
+def unpack(*_: *tuple[_Array, _Array, *_Packing, int]) -> None: ...
 def pack_ternary(packed: _Array, codes: _Array, rows: int, cols: int, /) -> None: ...
 def unpack_ternary(codes: _Array, packed: _Array, rows: int, cols: int, /) -> None: ...
-def fit_levels(
-    levels: _Array,
-    values: _Array,
-    weights: _Array | None,
-    rows: int,
-    count: int,
-    level_count: int,
-    /,
-) -> None: ...
-def encode_levels(
-    codes: _Array,
-    x: _Array,
-    scales: _Array,
-    codebook: _Array,
-    rows: int,
-    cols: int,
-    group: int,
-    codebooks: int,
-    levels: int,
-    /,
-) -> None: ...
+
+# levels, values, weights; rows, count, level_count
+def fit_levels(*_: *tuple[_Array, _Array, _Optional, int, int, int]) -> None: ...
+
+# codes, x, scales, codebook; rows, cols, group, codebooks, levels
+def encode_levels(*_: *tuple[_Array, _Array, _Array, _Array, int, int, int, int, int]) -> None: ...
+
+# y, x, weights, scales, bias; ...; bias_dtype
 def linear(
-    y: _Array,
-    x: _Array,
-    weights: _Array,
-    scales: _Array,
-    bias: _Array | None,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    y_dtype: int,
-    x_dtype: int,
-    scales_dtype: int,
-    bias_dtype: int,
-    /,
+    *_: *tuple[_Array, _Array, _Array, _Array, _Optional, *_Sizes, *_Dtypes, int],
 ) -> None: ...
-def linear_backward(
-    grad_x: _Array,
-    grad_y: _Array,
-    weights: _Array,
-    scales: _Array,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    grad_x_dtype: int,
-    grad_y_dtype: int,
-    scales_dtype: int,
-    /,
-) -> None: ...
+
+# grad_x, grad_y, weights, scales
+def linear_backward(*_: *tuple[_Array, _Array, _Array, _Array, *_Sizes, *_Dtypes]) -> None: ...
+
+# y, x, the weight, bias; ...; bias_dtype
 def linear_packed(
-    y: _Array,
-    x: _Array,
-    codes: _Array,
-    scales: _Array,
-    scale_steps: _Array | None,
-    zeros: _Array | None,
-    codebook: _Array | None,
-    bias: _Array | None,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    group: int,
-    codebook_rows: int,
-    y_dtype: int,
-    x_dtype: int,
-    scales_dtype: int,
-    zeros_dtype: int,
-    codebook_dtype: int,
-    bias_dtype: int,
-    /,
+    *_: *tuple[_Array, _Array, *_Packed, _Optional, *_Sizes, *_Groups, *_PackedDtypes, int],
 ) -> None: ...
+
+# grad_x, grad_y, the weight
 def linear_packed_backward(
-    grad_x: _Array,
-    grad_y: _Array,
-    codes: _Array,
-    scales: _Array,
-    scale_steps: _Array | None,
-    zeros: _Array | None,
-    codebook: _Array | None,
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    bits: int,
-    group: int,
-    codebook_rows: int,
-    grad_x_dtype: int,
-    grad_y_dtype: int,
-    scales_dtype: int,
-    zeros_dtype: int,
-    codebook_dtype: int,
-    /,
+    *_: *tuple[_Array, _Array, *_Packed, *_Sizes, *_Groups, *_PackedDtypes],
 ) -> None: ...
+
+# sizes; x_dtype, bits, group, zeros, has_codebook; see native.choose_linear for what it returns
 def choose_linear(
-    tokens: int,
-    out_features: int,
-    in_features: int,
-    x_dtype: int,
-    bits: int,
-    group: int,
-    zeros: int,
-    has_codebook: int,
-    /,
+    *_: *tuple[*_Sizes, int, int, int, int, int],
 ) -> tuple[str, int, int, int, int, bool]: ...
 def isas() -> tuple[str, ...]: ...
 def active_isa() -> str: ...

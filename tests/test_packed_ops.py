@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from quantization import pack_matrix
-from quantization.ops import torch_kernels
+from quantization.ops import operators, torch_kernels
 from quantization.ops.torch_ops import packed_linear
 
 OUT, IN = 24, 70
@@ -107,12 +107,12 @@ def test_compiles_whole_with_its_gradient() -> None:
 def test_the_operators_pass_opcheck() -> None:
     (weights, scales, *optional), (bits, group), _ = parts("w4g32a")
     filled = [scales if tensor is None else tensor for tensor in optional]
-    present = torch_kernels.HAS_ZEROS | torch_kernels.HAS_BIAS
+    present = operators.HAS_ZEROS | operators.HAS_BIAS
     arguments = (rows(3), weights, scales, *filled, BIAS, bits, group, present, torch.float32)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.quantization.packed.default, arguments, test_utils=tests)
     grad = torch.randn(3, OUT)
-    numbers = (IN, bits, group, torch_kernels.HAS_ZEROS, torch.float32)
+    numbers = (IN, bits, group, operators.HAS_ZEROS, torch.float32)
     arguments = (grad, weights, scales, *filled, *numbers)
     torch.library.opcheck(
         torch.ops.quantization.packed_backward.default, arguments, test_utils=tests
@@ -133,16 +133,17 @@ def test_autocast_and_meta() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_kernels_in_python_give_the_same_bits(scheme: str) -> None:
     (weights, scales, *optional), (bits, group), _ = parts(scheme)
-    flags = (torch_kernels.HAS_STEPS, torch_kernels.HAS_ZEROS, torch_kernels.HAS_CODEBOOK)
+    flags = (operators.HAS_STEPS, operators.HAS_ZEROS, operators.HAS_CODEBOOK)
     pairs = zip(flags, optional, strict=True)
     present = sum(flag for flag, tensor in pairs if tensor is not None)
     filled = [scales if tensor is None else tensor for tensor in optional]
     x, grad = rows(3), torch.randn(3, OUT)
-    numbers = (bits, group, present | torch_kernels.HAS_BIAS, torch.float32)
-    y = torch_kernels._python_packed(x, weights, scales, *filled, BIAS, *numbers)
+    in_python = {row.name: row.kernel(torch_kernels.multiply) for row in operators.OPERATORS}
+    numbers = (bits, group, present | operators.HAS_BIAS, torch.float32)
+    y = in_python["packed"](x, weights, scales, *filled, BIAS, *numbers)
     assert torch.equal(y, packed_linear(x, weights, scales, *optional, BIAS, bits, group))
     numbers = (IN, bits, group, present, torch.float32)
-    grad_x = torch_kernels._python_packed_backward(grad, weights, scales, *filled, *numbers)
+    grad_x = in_python["packed_backward"](grad, weights, scales, *filled, *numbers)
     assert torch.equal(
         grad_x, torch_kernels.packed_backward(grad, weights, scales, *filled, *numbers)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer, quantize_model
-from quantization.ops import torch_checks, torch_devices
+from quantization.ops import operators, torch_devices
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCHEMES = [
@@ -20,7 +21,10 @@ SCHEMES = [
     *("w1a", "w4a", "w4t", "w3g7a", "w4g16+f32", "nf4", "fp4g16+dq", "mxfp4", "kmeans3"),
     *("kmeans2r", "binaryg16", "ternary", "ternaryg16+dq", "w3g16af", "w5g16a+dq"),
 ]
-OPERATORS = ["linear", "linear_bias", "linear_backward", "packed", "packed_backward"]
+#: The operators as torch alone computes them, beside torch.ops.quantization.
+IN_TORCH = SimpleNamespace(
+    **{row.name: row.kernel(torch_devices.multiply) for row in operators.OPERATORS}
+)
 OUT, IN = 37, 45
 UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11}
 UNIT[torch.bfloat16] = 2.0**-8
@@ -38,7 +42,7 @@ def arguments_of(layer: nn.Module) -> tuple[Any, ...]:
     tensors = [layer.packed_weights, layer.scales]
     present = 0
     optional = (layer.scale_steps, layer.zero_points, layer.codebook)
-    flags = (torch_checks.HAS_STEPS, torch_checks.HAS_ZEROS, torch_checks.HAS_CODEBOOK)
+    flags = (operators.HAS_STEPS, operators.HAS_ZEROS, operators.HAS_CODEBOOK)
     for tensor, flag in zip(optional, flags, strict=True):
         tensors.append(layer.scales if tensor is None else tensor)
         present |= 0 if tensor is None else flag
@@ -54,7 +58,7 @@ def forward(layer: nn.Module, x: torch.Tensor, dtype: torch.dtype, where: Any) -
         return where.linear_bias(x, *tensors, layer.bias, dtype)
     bits, group, present = numbers
     bias = tensors[1] if layer.bias is None else layer.bias
-    present |= 0 if layer.bias is None else torch_checks.HAS_BIAS
+    present |= 0 if layer.bias is None else operators.HAS_BIAS
     return where.packed(x, *tensors, bias, bits, group, present, dtype)
 
 
@@ -100,7 +104,7 @@ def test_both_forms_give_the_product(scheme: str, bias: bool, dtype: torch.dtype
     exact, size = x.double() @ weight.T, x.double().abs() @ weight.abs().T
     if bias:
         exact, size = exact + layer.bias.double(), size + layer.bias.double().abs()
-    for where in (torch_devices, torch.ops.quantization):
+    for where in (IN_TORCH, torch.ops.quantization):
         y = forward(layer, x, dtype, where)
         assert y.dtype == dtype and y.shape == (2, 3, OUT)
         assert ((y.double() - exact).abs() <= allowed(IN, size, exact, dtype, dtype)).all()
@@ -112,7 +116,7 @@ def test_both_forms_give_the_gradient(scheme: str, dtype: torch.dtype) -> None:
     layer, grad = layer_of(scheme), torch.randn(2, 3, OUT).to(dtype)
     weight = layer.weight.double()
     exact, size = grad.double() @ weight, grad.double().abs() @ weight.abs()
-    for where in (torch_devices, torch.ops.quantization):
+    for where in (IN_TORCH, torch.ops.quantization):
         grad_x = backward(layer, grad, dtype, where)
         assert grad_x.dtype == dtype and grad_x.shape == (2, 3, IN)
         assert ((grad_x.double() - exact).abs() <= allowed(OUT, size, exact, dtype, dtype)).all()
@@ -128,7 +132,7 @@ def test_results_of_another_type(scheme: str, dtype: torch.dtype, out_dtype: tor
         x.double().abs() @ layer.weight.double().abs().T,
     )
     exact, size = exact + layer.bias.double(), size + layer.bias.double().abs()
-    y = forward(layer, x, out_dtype, torch_devices)
+    y = forward(layer, x, out_dtype, IN_TORCH)
     assert y.dtype == out_dtype
     assert ((y.double() - exact).abs() <= allowed(IN, size, exact, dtype, out_dtype)).all()
 
@@ -136,11 +140,11 @@ def test_results_of_another_type(scheme: str, dtype: torch.dtype, out_dtype: tor
 @pytest.mark.parametrize("scheme", ["rows", "w4g16a", "kmeans2r", "nf4", "w5g16a+dq"])
 def test_a_weight_is_made_in_blocks(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x, grad = layer_of(scheme), torch.randn(4, IN), torch.randn(4, OUT)
-    y = forward(layer, x, torch.float32, torch_devices)
-    grad_x = backward(layer, grad, torch.float32, torch_devices)
+    y = forward(layer, x, torch.float32, IN_TORCH)
+    grad_x = backward(layer, grad, torch.float32, IN_TORCH)
     monkeypatch.setattr(torch_devices, "_BLOCK", 5 * IN)
-    torch.testing.assert_close(forward(layer, x, torch.float32, torch_devices), y)
-    torch.testing.assert_close(backward(layer, grad, torch.float32, torch_devices), grad_x)
+    torch.testing.assert_close(forward(layer, x, torch.float32, IN_TORCH), y)
+    torch.testing.assert_close(backward(layer, grad, torch.float32, IN_TORCH), grad_x)
 
 
 @pytest.mark.parametrize("batch", [(), (1,), (0,), (2, 0, 3)])
@@ -158,7 +162,7 @@ def test_shapes_of_little_or_nothing(
             layer.scales = layer.scales[:, :0]
             layer.zero_points = None if layer.zero_points is None else layer.zero_points[:, :0]
     x, grad = torch.randn(*batch, cols), torch.randn(*batch, rows)
-    for where in (torch_devices, torch.ops.quantization):
+    for where in (IN_TORCH, torch.ops.quantization):
         y = forward(layer, x, torch.float32, where)
         assert y.shape == (*batch, rows)
         if cols == 0:
@@ -168,11 +172,11 @@ def test_shapes_of_little_or_nothing(
 
 def test_autocast_does_not_change_a_result_that_was_asked_for() -> None:
     layer, x = layer_of("w4g16a"), torch.randn(4, IN)
-    y = forward(layer, x, torch.float32, torch_devices)
-    grad_x = backward(layer, torch.ones(4, OUT), torch.float32, torch_devices)
+    y = forward(layer, x, torch.float32, IN_TORCH)
+    grad_x = backward(layer, torch.ones(4, OUT), torch.float32, IN_TORCH)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(forward(layer, x, torch.float32, torch_devices), y)
-        again = backward(layer, torch.ones(4, OUT), torch.float32, torch_devices)
+        assert torch.equal(forward(layer, x, torch.float32, IN_TORCH), y)
+        again = backward(layer, torch.ones(4, OUT), torch.float32, IN_TORCH)
     assert torch.equal(again, grad_x)
 
 
@@ -193,13 +197,13 @@ def test_bad_arguments(scheme: str, change: dict[str, Any], message: str) -> Non
     layer.bias = change.get("bias", layer.bias)
     x, dtype = change.get("x", torch.ones(2, IN)), change.get("dtype", torch.float32)
     with pytest.raises(RuntimeError, match=message.replace("does not fit", "do(es)? not\\s+fit")):
-        forward(layer, x, dtype, torch_devices)
+        forward(layer, x, dtype, IN_TORCH)
 
 
 # ---- where the dispatcher goes ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("name", [row.name for row in operators.OPERATORS])
 def test_every_device_has_a_kernel(name: str) -> None:
     operator = f"quantization::{name}"
     for key in ("CPU", "CUDA", "MPS", "XPU", "PrivateUse1", "Meta"):
@@ -237,7 +241,7 @@ def test_layers_on_fake_devices(kind: str, device: str, fake: FakeTensorMode) ->
     x = torch.empty(2, 3, IN, device=device)  # autograd aborts where torch lacks the device
     y = layer(x)
     assert (y.device.type, y.shape, y.dtype) == (device, (2, 3, OUT), torch.float32)
-    for where in (torch_devices, torch.ops.quantization):  # no step of it leaves the device
+    for where in (IN_TORCH, torch.ops.quantization):  # no step of it leaves the device
         assert forward(layer, x, torch.float32, where).device.type == device
         grad_x = backward(layer, y, torch.float32, where)
         assert (grad_x.device.type, grad_x.shape) == (device, x.shape)

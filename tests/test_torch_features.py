@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer
-from quantization.ops import torch_kernels
+from quantization.ops import operators
 
 ROOT = Path(__file__).resolve().parents[1]
 WORDS, WIDTH = 30, 40
@@ -133,13 +133,13 @@ def test_an_asked_for_type_is_given_in_every_form() -> None:
 def test_the_packed_operators_pass_torchs_own_checks(scheme: str) -> None:
     layer = PackedLinearLayer(WIDTH, 24, scheme=scheme)
     optional = (layer.scale_steps, layer.zero_points, layer.codebook)
-    flags = (torch_kernels.HAS_STEPS, torch_kernels.HAS_ZEROS, torch_kernels.HAS_CODEBOOK)
+    flags = (operators.HAS_STEPS, operators.HAS_ZEROS, operators.HAS_CODEBOOK)
     pairs = zip(flags, optional, strict=True)
     present = sum(flag for flag, tensor in pairs if tensor is not None)
     filled = [torch.zeros(1) if tensor is None else tensor for tensor in optional]
     tensors = (layer.packed_weights, layer.scales, *filled)
     numbers = (layer._bits, layer._group)
-    given = present | torch_kernels.HAS_BIAS
+    given = present | operators.HAS_BIAS
     x, grad = torch.randn(3, WIDTH), torch.randn(3, 24)
     torch.library.opcheck(
         torch.ops.quantization.packed.default,

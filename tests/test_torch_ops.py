@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch")
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from quantization.ops import torch_kernels, torch_ops
+from quantization.ops.operators import OPERATORS, Operator
 from quantization.ops.torch_ops import linear
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -376,6 +377,13 @@ def test_a_torch_with_the_shim_gets_the_kernels_in_c() -> None:
         pytest.skip("forced by QUANTIZATION_TORCH_OPS")
     expected = "c" if version >= (2, 10) else "python"
     assert expected == torch_kernels.KERNELS
+
+
+@pytest.mark.parametrize("operator", OPERATORS, ids=lambda operator: operator.name)
+def test_the_registered_schemas_are_those_of_the_table(operator: Operator) -> None:
+    """C writes them again; exported programs hold them."""
+    registered = getattr(torch.ops.quantization, operator.name).default._schema
+    assert str(registered) == f"quantization::{operator.schema}"
 
 
 def test_an_unknown_choice_of_kernels_is_refused() -> None:

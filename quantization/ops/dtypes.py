@@ -101,7 +101,7 @@ def name_of(dtype: Any) -> str:
     try:
         if dtype is None or isinstance(dtype, list | dict):  # NumPy: float64, and records
             raise TypeError
-        return np.dtype(dtype).name
+        return str(np.dtype(dtype).name)
     except (TypeError, ValueError, SyntaxError):  # NumPy raises any of these
         raise TypeError(
             f"{dtype!r:.60} is not a dtype; give a torch dtype, a NumPy dtype or a name such as "

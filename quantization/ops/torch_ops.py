@@ -7,61 +7,69 @@ plain torch on other devices (:mod:`quantization.ops.torch_devices`).
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch.autograd import forward_ad
+from torch.autograd import Function, forward_ad
+from torch.jit import is_scripting  # type: ignore[attr-defined]  # torch.jit has it, unsaid
 
 from quantization.ops import torch_kernels as kernels
+from quantization.ops.operators import HAS_BIAS, with_stand_ins
 
 # ---- derivatives -----------------------------------------------------------------------------
 #
-# Quantized weights are `tensors`, and two numbers that say how to read them: for int8 rows
-# (weights, scales) and 8, 0; for packed ones (weights, scales, scale_steps, zero_points, codebook),
-# of which the last three may be None, and bits, group. They are passed one by one: vmap takes no
-# tuples apart.
+# A quantized weight is `tensors`, and two numbers before them that say how to read them: for int8
+# rows 8, 0 and (weights, scales); for packed ones bits, group and (weights, scales, scale_steps,
+# zero_points, codebook), of which the last three may be None. They are passed one by one: vmap
+# takes no tuples apart.
 
 
-def _filled(weights, scales, steps, zeros, codebook):
-    """What a packed operator takes: scales where a tensor is not, and which of them there are."""
-    present = kernels.HAS_STEPS | kernels.HAS_ZEROS | kernels.HAS_CODEBOOK
-    if steps is None:
-        steps, present = scales, present ^ kernels.HAS_STEPS
-    if zeros is None:
-        zeros, present = scales, present ^ kernels.HAS_ZEROS
-    if codebook is None:
-        codebook, present = scales, present ^ kernels.HAS_CODEBOOK
-    return (weights, scales, steps, zeros, codebook), present
-
-
-def _forward(x, bias, dtype, bits, group, *tensors):
+def _run(
+    x: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    bits: int,
+    group: int,
+    *tensors: Any,
+) -> torch.Tensor:
+    """The linear map, ``x W^T + bias``, by the operator alone."""
     if group:
-        tensors, present = _filled(*tensors)
+        tensors, present = with_stand_ins(*tensors)
         if bias is None:
             return kernels.packed(x, *tensors, tensors[1], bits, group, present, dtype)
-        present |= kernels.HAS_BIAS
+        present |= HAS_BIAS
         return kernels.packed(x, *tensors, bias, bits, group, present, dtype)
     if bias is None:
         return kernels.linear(x, *tensors, dtype)
     return kernels.linear_bias(x, *tensors, bias, dtype)
 
 
-def _backward(grad, dtype, in_features, bits, group, *tensors):
+def _run_backward(
+    grad: torch.Tensor,
+    dtype: torch.dtype,
+    in_features: int,
+    bits: int,
+    group: int,
+    *tensors: Any,
+) -> torch.Tensor:
+    """The gradient to x, ``grad W``, by the operator alone."""
     if group:
-        tensors, present = _filled(*tensors)
+        tensors, present = with_stand_ins(*tensors)
         return kernels.packed_backward(grad, *tensors, in_features, bits, group, present, dtype)
     return kernels.linear_backward(grad, *tensors, dtype)
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     """y = x W^T + bias; derivatives to x and bias."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x, bias, dtype, bits, group, *tensors):
-        return _forward(x, bias, dtype, bits, group, *tensors)
+    def forward(*arguments: Any) -> torch.Tensor:
+        return _run(*arguments)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         x, bias, dtype, *numbers = inputs[:5]
         tensors = inputs[5:]
         ctx.save_for_backward(*tensors)
@@ -71,28 +79,28 @@ class _Linear(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
 
     @staticmethod
-    def backward(ctx, grad):
-        tensors = ctx.saved_tensors
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,), weight = grads, (*ctx.numbers, *ctx.saved_tensors)
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            grad_x = _input_gradient(grad, ctx.x_dtype, ctx.in_features, *ctx.numbers, *tensors)
+            grad_x = _input_gradient(grad, ctx.x_dtype, ctx.in_features, *weight)
         if ctx.needs_input_grad[1]:
             rows = grad.unsqueeze(0) if grad.dim() == 1 else grad.flatten(0, -2)
             grad_bias = rows.sum(0, dtype=ctx.bias_dtype)
-        return grad_x, grad_bias, *[None] * (3 + len(tensors))
+        return grad_x, grad_bias, None, *[None] * len(weight)
 
 
-class _InputGradient(torch.autograd.Function):
+class _InputGradient(Function):
     """grad_x = grad W: the transposed map, so its own gradient is the map again."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(grad, dtype, in_features, bits, group, *tensors):
-        return _backward(grad, dtype, in_features, bits, group, *tensors)
+    def forward(*arguments: Any) -> torch.Tensor:
+        return _run_backward(*arguments)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         grad, dtype, in_features, *numbers = inputs[:5]
         tensors = inputs[5:]
         ctx.save_for_backward(*tensors)
@@ -101,30 +109,31 @@ class _InputGradient(torch.autograd.Function):
         ctx.in_features, ctx.numbers = in_features, numbers
 
     @staticmethod
-    def backward(ctx, grad):
-        tensors = ctx.saved_tensors
-        along = _map(grad, None, ctx.grad_dtype, *ctx.numbers, *tensors)
-        return along, *[None] * (4 + len(tensors))
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        (grad,), weight = grads, (*ctx.numbers, *ctx.saved_tensors)
+        return _linear(grad, None, ctx.grad_dtype, *weight), None, None, *[None] * len(weight)
 
 
 class _DualLinear(_Linear):
     """The same with forward mode, apart because torch.compile refuses functions that have it."""
 
     @staticmethod
-    def jvp(ctx, x, bias, *rest):
-        tangent = None if bias is None else bias.to(ctx.dtype)
+    def jvp(ctx: Any, *tangents: torch.Tensor | None) -> torch.Tensor | None:
+        x, bias = tangents[:2]
+        along_bias = None if bias is None else bias.to(ctx.dtype)
         if x is None:
-            return tangent
-        along_x = _map(x, None, ctx.dtype, *ctx.numbers, *ctx.saved_tensors)
-        return along_x if tangent is None else along_x + tangent
+            return along_bias
+        along_x = _linear(x, None, ctx.dtype, *ctx.numbers, *ctx.saved_tensors)
+        return along_x if along_bias is None else along_x + along_bias
 
 
 class _DualInputGradient(_InputGradient):
     """The same with forward mode."""
 
     @staticmethod
-    def jvp(ctx, grad, *rest):
-        return _input_gradient(grad, ctx.dtype, ctx.in_features, *ctx.numbers, *ctx.saved_tensors)
+    def jvp(ctx: Any, *tangents: torch.Tensor) -> torch.Tensor:
+        weight = (*ctx.numbers, *ctx.saved_tensors)
+        return _input_gradient(tangents[0], ctx.dtype, ctx.in_features, *weight)
 
 
 def _is_forward_mode() -> bool:
@@ -137,18 +146,26 @@ def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
     return _is_forward_mode()
 
 
-def _map(x, bias, dtype, *weights):
+def _linear(
+    x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, *weight: Any
+) -> torch.Tensor:
+    """The linear map, with derivatives where they are asked for."""
     if _is_differentiated(x, bias):
-        function = _DualLinear if _is_forward_mode() else _Linear
-        return function.apply(x, bias, dtype, *weights)
-    return _forward(x, bias, dtype, *weights)
+        function: type[Function] = _DualLinear if _is_forward_mode() else _Linear
+        y: torch.Tensor = function.apply(x, bias, dtype, *weight)
+        return y
+    return _run(x, bias, dtype, *weight)
 
 
-def _input_gradient(grad, dtype, in_features, *weights):
+def _input_gradient(
+    grad: torch.Tensor, dtype: torch.dtype, in_features: int, *weight: Any
+) -> torch.Tensor:
+    """The gradient to x, with derivatives where they are asked for."""
     if _is_differentiated(grad):
-        function = _DualInputGradient if _is_forward_mode() else _InputGradient
-        return function.apply(grad, dtype, in_features, *weights)
-    return _backward(grad, dtype, in_features, *weights)
+        function: type[Function] = _DualInputGradient if _is_forward_mode() else _InputGradient
+        grad_x: torch.Tensor = function.apply(grad, dtype, in_features, *weight)
+        return grad_x
+    return _run_backward(grad, dtype, in_features, *weight)
 
 
 def output_dtype(x: torch.Tensor) -> torch.dtype:
@@ -210,16 +227,18 @@ def linear(
         >>> linear(torch.ones(1, 2), weights, torch.tensor([0.5, 0.25]))
         tensor([[ 1.5000, -0.2500]])
     """
-    if torch.jit.is_scripting():
+    if is_scripting():
         dtype = x.dtype if out_dtype is None else out_dtype
         if bias is None:
-            return torch.ops.quantization.linear(x, weights, scales, dtype)
-        return torch.ops.quantization.linear_bias(x, weights, scales, bias, dtype)
+            y: torch.Tensor = torch.ops.quantization.linear(x, weights, scales, dtype)
+        else:
+            y = torch.ops.quantization.linear_bias(x, weights, scales, bias, dtype)
+        return y
     else:
         if out_dtype is None:
             out_dtype = output_dtype(x)
         _refuse_trained(scales)
-        return _map(x, bias, out_dtype, 8, 0, weights, scales)
+        return _linear(x, bias, out_dtype, 8, 0, weights, scales)
 
 
 @torch.fx.wrap
@@ -276,4 +295,4 @@ def packed_linear(
     if weights.shape[-1] == 0:  # no group, though a scheme without groups has a scale all the same
         scales, zero_points = scales[:, :0], None
     tensors = (weights, scales, scale_steps, zero_points, codebook)
-    return _map(x, bias, out_dtype, bits, group, *tensors)
+    return _linear(x, bias, out_dtype, bits, group, *tensors)
