@@ -44,6 +44,7 @@ check:
 	clang-format --dry-run -Werror $(C_FILES)
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m ruff check .
+	$(PYTHON) -m mypy
 
 wheel:
 	tools/check_wheel.sh $(PYTHON)

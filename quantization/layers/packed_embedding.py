@@ -143,9 +143,9 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         for i, tensor in enumerate(parts):
             if tensor is not None and tensor.shape[0] == self.num_embeddings:
                 parts[i] = tensor.index_select(0, rows)  # all but one codebook for all rows
-        weights, scales, *others = parts
+        codes, scales, steps, zeros, book = parts
         decoded: torch.Tensor = packed_rows.decode_rows(
-            weights, scales, *others, self._bits, self._group, self.embedding_dim
+            codes, scales, steps, zeros, book, self._bits, self._group, self.embedding_dim
         )
         shape = input.shape + (self.embedding_dim,)  # noqa: RUF005 (fx cannot unpack a shape)
         return decoded.to(self.dtype).reshape(shape)

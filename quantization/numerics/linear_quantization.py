@@ -37,7 +37,7 @@ from quantization.numerics.rules import (
 )
 from quantization.ops import native
 from quantization.ops.dtypes import DType, dtype_of, source_of
-from quantization.ops.native import DataError, Rule, Tensor, check_tensor
+from quantization.ops.native import DataError, Rule, Tensor, TensorT, check_tensor
 
 __all__ = [
     "PER_COLUMNS",
@@ -55,7 +55,7 @@ __all__ = [
 
 
 def quantize_linear(
-    tensor: Tensor,
+    tensor: TensorT,
     data_type: Any,
     granularity: Granularity,
     mode: Mode = Mode.Symmetric,
@@ -64,7 +64,7 @@ def quantize_linear(
     scale_dtype: Any = None,
     nonfinite: str = "raise",
     name: str | None = None,
-) -> tuple[Tensor, QuantizationParameters]:
+) -> tuple[TensorT, QuantizationParameters]:
     """Quantize a tensor: codes, and the scales and zero points that lead back to its numbers.
 
     The formulas stand at the head of :mod:`quantization.linear_quantizer`.
@@ -132,7 +132,7 @@ def quantize_linear(
     return codes, _parameters(tensor, scale, zero, rule, granularity, mode)
 
 
-def dequantize_linear(q: Tensor, params: QuantizationParameters) -> Tensor:
+def dequantize_linear(q: TensorT, params: QuantizationParameters) -> TensorT:
     """The numbers that codes stand for: ``(q - zero_point) * scale``, rounded once.
 
     Args:
@@ -177,8 +177,8 @@ def dequantize_linear(q: Tensor, params: QuantizationParameters) -> Tensor:
 
 
 def get_scale_and_zero_for(
-    tensor: Tensor, dtype: Any, mode: Mode, reduce_dim: int | None = None
-) -> tuple[Tensor, Tensor]:
+    tensor: TensorT, dtype: Any, mode: Mode, reduce_dim: int | None = None
+) -> tuple[TensorT, TensorT]:
     """Scale and zero point that :func:`quantize_linear` would use; no codes are made.
 
     Args:
@@ -220,8 +220,8 @@ def get_scale_and_zero_for(
 
 
 def per_dim_scale_and_zero_for(
-    tensor: Tensor, dtype: Any, mode: Mode, reduce_dim: int = PER_ROWS
-) -> tuple[Tensor, Tensor]:
+    tensor: TensorT, dtype: Any, mode: Mode, reduce_dim: int = PER_ROWS
+) -> tuple[TensorT, TensorT]:
     """:func:`get_scale_and_zero_for` along one dimension, by default one scale a row.
 
     Args:
@@ -251,7 +251,7 @@ def per_dim_scale_and_zero_for(
     return get_scale_and_zero_for(tensor, dtype, mode, reduce_dim)
 
 
-def group(tensor: Tensor, by: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+def group(tensor: TensorT, by: int) -> tuple[TensorT, Callable[[TensorT], TensorT]]:
     """Cut the rows of a tensor into groups, one below the other, and the way back.
 
     Args:
@@ -296,7 +296,7 @@ def group(tensor: Tensor, by: int) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
         )
     grouped = math.prod(shape) // by, by
 
-    def ungroup(groups: Tensor) -> Tensor:
+    def ungroup(groups: TensorT) -> TensorT:
         """The groups side by side again, in the shape of the tensor that was cut."""
         check_tensor(groups, "groups")
         if tuple(groups.shape) != grouped:

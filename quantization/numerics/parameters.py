@@ -10,7 +10,6 @@ import numpy as np
 
 from quantization.numerics.granularity import Granularity, PerDimension, PerGroup
 from quantization.ops import native
-from quantization.ops.native import Tensor
 
 __all__ = ["Mode", "QuantizationParameters"]
 
@@ -76,8 +75,8 @@ class QuantizationParameters:
                                scale=float32[4, 1] 0.25, zero_point=int32[4, 1] 0, dtype=None)
     """
 
-    scale: Tensor | None = None
-    zero_point: Tensor | None = None
+    scale: Any = None  # a tensor of either kind
+    zero_point: Any = None
     mode: Mode = Mode.Symmetric
     granularity: Granularity = Granularity.PerTensor
     group_by: int | None = None

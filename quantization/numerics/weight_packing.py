@@ -42,7 +42,7 @@ from quantization.numerics.packing import (
 )
 from quantization.ops import native
 from quantization.ops.dtypes import index_of, name_of
-from quantization.ops.native import Tensor
+from quantization.ops.native import Tensor, TensorT
 
 __all__ = [
     "Packing",
@@ -173,7 +173,7 @@ def _check_range(codes: np.ndarray, low: int, high: int, bits: int, layout: str)
 
 
 def unpack_weights(
-    packed: Tensor,
+    packed: TensorT,
     pack_bits: int | Packing,
     ensure_methods: EnsureMethods = (),
     dtype: Any = None,
@@ -181,7 +181,7 @@ def unpack_weights(
     layout: str | None = None,
     dim: int | None = None,
     size: int | None = None,
-) -> Tensor:
+) -> TensorT:
     """The codes that :func:`pack_weights` packed.
 
     Args:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from quantization.ops import native
 from quantization.ops.dtypes import name_of, source_of
-from quantization.ops.native import Tensor, check_tensor
+from quantization.ops.native import SameKindT, Tensor, check_tensor
 
 __all__ = ["quantized_forward"]
 
 
 def quantized_forward(
-    weights: Tensor, input: Tensor, scales: Tensor, bias: Tensor | None = None
-) -> Tensor:
+    weights: SameKindT, input: SameKindT, scales: SameKindT, bias: SameKindT | None = None
+) -> SameKindT:
     """``input @ (weights * scales[:, None]).T + bias`` without making the float weight.
 
     The weights are converted in registers; products are summed in float32 (float64 for a float64
@@ -71,9 +71,8 @@ def _check(weights: Tensor, input: Tensor, scales: Tensor, bias: Tensor | None) 
             f"input has shape {tuple(input.shape)}; its last dimension must be in_features = "
             f"{in_features}"
         )
-    for name in ("scales", "bias"):
-        value = named.get(name)
-        if value is not None and tuple(value.shape) != (out_features,):
+    for name, value in named.items():
+        if name in ("scales", "bias") and tuple(value.shape) != (out_features,):
             raise ValueError(
                 f"{name} has shape {tuple(value.shape)}; expected [out_features] = "
                 f"({out_features},)"

@@ -14,6 +14,8 @@ never chosen.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from quantization.ops import native
@@ -94,21 +96,23 @@ def fit_codebook(values: np.ndarray, bits: int, weights: np.ndarray | None = Non
     if weights is not None:
         weights = np.broadcast_to(weights, values.shape)
     if values.shape[1] <= _EXACT:
-        return native.fit_levels(*_sorted(values, weights), 1 << bits)
+        ordered, beside = _sorted(values, weights)
+        return native.fit_levels(ordered, beside, 1 << bits)
     levels = np.empty((values.shape[0], 1 << bits))
     for row, numbers in enumerate(values):
         cells = _gathered(numbers, None if weights is None else weights[row])
-        levels[row] = native.fit_levels(*_sorted(*cells), 1 << bits)
+        ordered, beside = _sorted(*cells)
+        levels[row] = native.fit_levels(ordered, beside, 1 << bits)
     return levels
 
 
-def _sorted(values: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, ...]:
+def _sorted(values: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, Any]:
     """Rows of float64 values, ascending, and their weights."""
     if weights is None:
         return np.sort(values, axis=1).astype("float64", copy=False), None
     order = np.argsort(values, axis=1)
-    pairs = (np.take_along_axis(each, order, axis=1) for each in (values, weights))
-    return tuple(each.astype("float64", copy=False) for each in pairs)
+    ordered, beside = (np.take_along_axis(each, order, axis=1) for each in (values, weights))
+    return ordered.astype("float64", copy=False), beside.astype("float64", copy=False)
 
 
 def _gathered(values: np.ndarray, weights: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:

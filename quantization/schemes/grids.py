@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -203,7 +203,8 @@ def _exact_zero_points(matrix: Matrix, scales: np.ndarray) -> np.ndarray:
     low = np.empty(scales.shape, "float32")
     for rows in matrix.chunks():
         low[rows] = np.minimum(matrix.blocks(rows).min(axis=-1), 0)
-    return np.divide(-low, scales, out=np.zeros_like(low), where=scales > 0)
+    quotients: np.ndarray = np.divide(-low, scales, out=np.zeros_like(low), where=scales > 0)
+    return quotients
 
 
 def _with_float_zero_points(matrix: Matrix, stored: StoredScales) -> Coded:
@@ -305,13 +306,14 @@ def _ternary(matrix: Matrix) -> Coded:
 
 def _block_weights(matrix: Matrix) -> np.ndarray:
     """Importance by block, ``[blocks, length]``; where a block has none, all its weights count."""
-    importance: Any = matrix.importance
+    importance: np.ndarray = np.asarray(matrix.importance)
     if matrix.is_one_block:
         importance = np.tile(importance, matrix.x.shape[0])
         return (importance if importance.any() else np.ones_like(importance))[None]
     given = _cut(importance[None], matrix.group)[0]
     equal = _cut(np.ones_like(importance)[None], matrix.group)[0]
-    return np.where(given.any(axis=-1, keepdims=True), given, equal)
+    weights: np.ndarray = np.where(given.any(axis=-1, keepdims=True), given, equal)
+    return weights
 
 
 def _cut(matrix: np.ndarray, group: int) -> np.ndarray:

@@ -86,5 +86,7 @@ def linear_kernel(
             raise ValueError(f"{name} is {value}; it must be {least} or more")
     source = source_of(dtype, "activations")
     numbers = (8, 0, 0, 0) if scheme is None else scheme_of(scheme).kernel_numbers(in_features)
-    isa, rows, cols, chunk, threads, packed = native.choose_linear(*sizes.values(), source, numbers)
+    isa, rows, cols, chunk, threads, packed = native.choose_linear(
+        tokens, out_features, in_features, source, numbers
+    )
     return LinearKernel(isa, source.name, tokens, (rows, cols), packed, chunk, threads)

@@ -80,11 +80,11 @@ class PackedWeights:
 
     scheme: Scheme
     shape: tuple[int, int]
-    packed_weights: Tensor
-    scales: Tensor
-    scale_steps: Tensor | None = None
-    zero_points: Tensor | None = None
-    codebook: Tensor | None = None
+    packed_weights: Any  # these are tensors, all of one kind
+    scales: Any
+    scale_steps: Any = None
+    zero_points: Any = None
+    codebook: Any = None
     dtype: Any = None
 
     __hash__ = None  # type: ignore[assignment]
@@ -134,7 +134,7 @@ class PackedWeights:
         count = self.shape[0] * self.shape[1]
         return 8 * self.nbytes / count if count else float("nan")
 
-    def dequantize(self, dtype: Any = None) -> Tensor:
+    def dequantize(self, dtype: Any = None) -> Any:
         """The numbers that the codes stand for, computed in float32 and rounded once.
 
         Args:
@@ -171,7 +171,7 @@ class PackedWeights:
         return native.cast(dequantize_linear(self._values(), params), out)
 
     @property
-    def codes(self) -> Tensor:
+    def codes(self) -> Any:
         """One code a weight, ``[out, in]``: int8 where they are signed, else uint8.
 
         Example:
@@ -192,14 +192,14 @@ class PackedWeights:
             size=self.shape[1],
         )
 
-    def _values(self) -> Tensor:
+    def _values(self) -> Any:
         """What scales multiply, after integer zero points: codes, levels or codes less zeros."""
         codes = self.codes
         if self.codebook is not None:
             book = native.to_array(native.cast(self.codebook, "float32"))
             places = native.to_array(codes)
             if book.shape[0] > 1:  # the codebooks as one, a row's places behind the row before
-                places = places + np.arange(0, book.size, book.shape[1], "int32")[:, None]
+                places = places + np.arange(0, book.size, book.shape[1], dtype=np.int32)[:, None]
             levels = book.reshape(-1)[places]
         elif self._has_float_zero_points:
             zero = native.to_array(native.cast(self.zero_points, "float32"))
@@ -213,7 +213,7 @@ class PackedWeights:
     def _has_float_zero_points(self) -> bool:
         return self.scheme.mode is Mode.Asymmetric and self.scheme.zero_point == "float"
 
-    def integer_zero_points(self) -> Tensor | None:
+    def integer_zero_points(self) -> Any:
         """Zero points that are whole codes, int32 ``[out, groups]``; None where there are none.
 
         Example:
