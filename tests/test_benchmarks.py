@@ -18,7 +18,6 @@ torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks stay in the source tree", allow_module_level=True)
-sys.path.insert(0, str(ROOT))
 
 from benchmarks import summary, tables
 from benchmarks.bench_packed import INT8, MAIN, WIDTHS

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks stay in the source tree", allow_module_level=True)
-sys.path.insert(0, str(ROOT))
 
 from benchmarks import report, summary
 from benchmarks.bench_packed import MAIN, WIDTHS, packed_isas

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from checkpoint_models import files_of, float_folder, peak_of_streaming
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -24,6 +23,7 @@ from quantization.checkpoint import streaming
 from quantization.checkpoint.disk.files import new_folder
 from quantization.checkpoint.disk.json_files import CheckpointError, parse_json
 from quantization.checkpoint.float_source import open_source
+from tests.checkpoint_models import files_of, float_folder, peak_of_streaming
 
 # ---- sources ---------------------------------------------------------------------------------
 

@@ -12,16 +12,6 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from checkpoint_models import (
-    SCHEMES,
-    TOKENS,
-    Net,
-    bytes_of,
-    files_of,
-    net,
-    quantized_net,
-    state_equal,
-)
 from torch import nn
 
 from quantization import (
@@ -36,6 +26,16 @@ from quantization.checkpoint import read_checkpoint, verify_checkpoint, write_ch
 from quantization.checkpoint.restore import RestoreError, restore_model
 from quantization.checkpoint.stored_model import stored_model
 from quantization.checkpoint.writing import write_shard
+from tests.checkpoint_models import (
+    SCHEMES,
+    TOKENS,
+    Net,
+    bytes_of,
+    files_of,
+    net,
+    quantized_net,
+    state_equal,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

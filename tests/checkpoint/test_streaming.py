@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from checkpoint_models import bytes_of, files_of, float_folder, peak_of_streaming
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,6 +25,7 @@ from quantization import (
 from quantization.checkpoint import CheckpointError, streaming
 from quantization.checkpoint.skeleton import skeleton_of_names
 from quantization.checkpoint.streaming import partial_folder
+from tests.checkpoint_models import bytes_of, files_of, float_folder, peak_of_streaming
 
 RULES = {"re:embed": "w8", "up_proj": "nf4", "*": "w4g32a"}
 
@@ -97,7 +97,7 @@ def test_one_file_and_its_config_less_folder(tmp_path: Path) -> None:
 
 def test_transformers_classes_tell_layers_ties_and_turned_weights(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
-    from tiny_models import save_llama
+    from tests.tiny_models import save_llama
 
     torch.manual_seed(0)
     config = transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=2, n_head=2)

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-from checkpoint_models import files_of, float_folder, quantized_net
 from torch import nn
 
 from quantization import load_quantized, quantize_checkpoint, quantize_model, save_quantized
 from quantization.cli import COMMANDS, main
 from quantization.cli.output import Output
+from tests.checkpoint_models import files_of, float_folder, quantized_net
 
 
 def result(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:
@@ -99,7 +99,7 @@ def test_export_and_import(tmp_path: Path, capsys) -> None:
 
 def test_gguf_brings_its_tokenizer(tmp_path: Path, capsys) -> None:
     transformers = pytest.importorskip("transformers")
-    from tiny_models import save_gguf
+    from tests.tiny_models import save_gguf
 
     save_gguf(tmp_path / "tiny.gguf")
     call = ["import", tmp_path / "tiny.gguf", tmp_path / "tiny", "--format", "gguf"]

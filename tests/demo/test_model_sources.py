@@ -10,11 +10,10 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tiny_models
-
 from quantization.demo import model_sources
 from quantization.demo.model_download import cached
 from quantization.demo.model_sources import ModelError, load_model
+from tests import tiny_models
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,12 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-import tiny_models
-
 import quantization
 from quantization.demo import suite as suite
 from quantization.demo.model_download import cached
+from tests import tiny_models
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--tokens", "800", "--length", "5"]
 
 

@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-from launch import failures
+from tests.distributed.launch import failures
 
 SCRIPT = Path(__file__).with_name("replica_checks.py")
 

@@ -419,7 +419,7 @@ def test_transformers_loads_what_was_written(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
-    from tiny_models import save_llama
+    from tests.tiny_models import save_llama
 
     if (
         options

@@ -97,7 +97,7 @@ def test_group_order() -> None:
 
 def test_formats_can_be_chained(tmp_path: Path, rng: np.random.Generator) -> None:
     """From a GPTQ model to one that vLLM serves, without a float weight."""
-    from foreign_oracle import gptq_tensors, write_folder
+    from tests.formats.foreign_oracle import gptq_tensors, write_folder
 
     codes = rng.integers(0, 16, (64, 32))
     zeros = rng.integers(1, 16, (2, 32))

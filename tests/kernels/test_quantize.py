@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
-import quantize_calls as calls
-from oracle import FLOAT_CODES, INTEGER_CODES, SOURCES, Spec
-from quantize_calls import same, same_numbers
+
+from tests import oracle
+from tests.kernels import quantize_calls as calls
+from tests.kernels.quantize_calls import same, same_numbers
+from tests.oracle import FLOAT_CODES, INTEGER_CODES, SOURCES, Spec
 
 INTEGER_SPECS = [
     Spec(),

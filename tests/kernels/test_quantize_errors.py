@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import quantize_calls as calls
-from memory import Guarded
-from oracle import Spec, largest, replace
 
 from quantization import _kernels
+from tests.kernels import quantize_calls as calls
+from tests.memory import Guarded
+from tests.oracle import Spec, largest, replace
 
 MATRIX = np.ones((4, 6), np.float32)
 

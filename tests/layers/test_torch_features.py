@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer
 from quantization.ops import torch_kernels
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORDS, WIDTH = 30, 40
 SCHEMES = ["w4g16a", "w3g16", "nf4", "w5g16a+dq", "ternary", "kmeans2r", "mxfp4", "w3g16af"]
 

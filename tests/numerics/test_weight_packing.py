@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pack_oracle
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -25,9 +24,10 @@ from quantization.weight_pack import (
     pack_weights,
     unpack_weights,
 )
+from tests import pack_oracle
 
 CONTAINERS = packing.CONTAINERS
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "packed.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "packed.json").read_text())
 
 
 def codes_of(bits: int, shape=(21, 13), signed=False, seed=0) -> np.ndarray:

@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from quantization.ops import torch_kernels, torch_ops
 from quantization.ops.torch_ops import linear
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OUT, IN = 32, 20
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 
-import codebook_oracle as oracle
 import numpy as np
 import pytest
-from oracle import nearest, numbers
 
 from quantization.schemes import codebooks
 from quantization.schemes.codebooks import E2M1, FP4, NF4, fit_codebook, fit_ternary
+from tests import codebook_oracle as oracle
+from tests.oracle import nearest, numbers
 
 # ---- tables ------------------------------------------------------------------------------------
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from packed_calls import ALL, DTYPES, check_decoding, matrix, same
-from packed_oracle import PARTS, array_of, numbers, read
 
 from quantization import Granularity, Mode, PackedWeights, Scheme, pack_matrix, quantize_linear
+from tests.packed_calls import ALL, DTYPES, check_decoding, matrix, same
+from tests.packed_oracle import PARTS, array_of, numbers, read
 
 torch = pytest.importorskip("torch")
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("torch")
+
 from quantization.checkpoint.disk import files
 from quantization.checkpoint.disk.files import member, new_file, new_folder
 

@@ -36,7 +36,7 @@ from quantization.formats import FormatError
 from quantization.formats.gguf import read_gguf, reader, write_gguf
 from quantization.formats.gguf.header import read_header
 
-EXAMPLE = Path(__file__).resolve().parents[2] / "examples" / "gguf_roundtrip.py"
+EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "gguf_roundtrip.py"
 
 
 class Net(nn.Module):

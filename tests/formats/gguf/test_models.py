@@ -16,8 +16,6 @@ gguf = pytest.importorskip("gguf")
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-import tiny_models
-
 from quantization import (
     PackedEmbedding,
     PackedLinearLayer,
@@ -33,6 +31,7 @@ from quantization.formats import FormatError
 from quantization.formats.gguf import read_gguf, save_tokenizer, write_gguf
 from quantization.formats.gguf.blocks import TYPES
 from quantization.formats.gguf.header import read_header
+from tests import tiny_models
 
 SIZES = {
     "vocab_size": 96,
