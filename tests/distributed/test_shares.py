@@ -24,11 +24,6 @@ SCHEMES = [
 OUT, IN = 43, 205
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def layer_of(scheme: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Module:
     linear = nn.Linear(IN, OUT, bias=bias, dtype=dtype)
     if scheme == "rows":

@@ -33,11 +33,6 @@ SCHEMES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def table(**options: Any) -> nn.Embedding:
     return nn.Embedding(20, 45, **options)
 

@@ -26,11 +26,6 @@ UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-1
 UNIT[torch.bfloat16] = 2.0**-8
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def arguments_of(layer: nn.Module) -> tuple[Any, ...]:
     """What an operator takes between x and bias, and after it."""
     if isinstance(layer, QWQALinearLayer):

@@ -1,14 +1,10 @@
-"""The torch operator in everything that torch does with an operator; C and Python kernels alike."""
+"""The torch operator in all that torch does with an operator; C and Python kernels alike."""
 
 from __future__ import annotations
 
 import copy
 import io
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 
@@ -16,10 +12,9 @@ torch = pytest.importorskip("torch")
 
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from quantization.ops import torch_kernels, torch_ops
+from quantization.ops import torch_ops
 from quantization.ops.torch_ops import linear
 
-ROOT = Path(__file__).resolve().parents[2]
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OUT, IN = 32, 20
 
@@ -365,38 +360,3 @@ def test_autocast_gives_what_nn_linear_gives() -> None:
     y.sum().backward()
     assert x.grad.dtype == torch.float32
     assert_near(x.grad, (WEIGHTS * SCALES[:, None]).sum(0).expand(2, IN))
-
-
-# ---- which kernels -----------------------------------------------------------------------------
-
-
-def test_a_torch_with_the_shim_gets_the_kernels_in_c() -> None:
-    version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
-    if os.environ.get("QUANTIZATION_TORCH_OPS"):
-        pytest.skip("forced by QUANTIZATION_TORCH_OPS")
-    expected = "c" if version >= (2, 10) else "python"
-    assert expected == torch_kernels.KERNELS
-
-
-def test_an_unknown_choice_of_kernels_is_refused() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", "from quantization.ops import torch_ops"],
-        cwd=ROOT,
-        env=os.environ | {"QUANTIZATION_TORCH_OPS": "rust"},
-        capture_output=True,
-        text=True,
-    )
-    assert "QUANTIZATION_TORCH_OPS is 'rust'; allowed are 'c' and 'python'" in done.stderr
-
-
-def test_the_kernels_in_python_pass_the_same_tests() -> None:
-    if os.environ.get("QUANTIZATION_TORCH_OPS"):
-        pytest.skip("already forced by QUANTIZATION_TORCH_OPS")
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "not inductor", __file__],
-        cwd=ROOT,
-        env=os.environ | {"QUANTIZATION_TORCH_OPS": "python"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout

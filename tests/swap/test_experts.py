@@ -13,11 +13,6 @@ from torch import nn
 from quantization import UnfusedExperts, quantize_model, unfuse_experts
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def statuses(report: Any) -> dict[str, str]:
     return {candidate.name: candidate.status for candidate in report}
 
