@@ -37,6 +37,9 @@ from benchmarks.peers_4bit import FOUR_BIT_PEERS
 from benchmarks.race import relative
 from benchmarks.records import Results, Row, add_ratios
 from benchmarks.summary import summarize
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 ARITHMETIC = ("dpbf16", "avx512", "avx2", "generic")
 

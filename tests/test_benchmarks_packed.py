@@ -24,6 +24,9 @@ from benchmarks.records import Results, Row, add_ratios
 from benchmarks.session import Session, full, quick, smoke
 from benchmarks.summary import summarize
 from quantization import PackedLinearLayer, QWQALinearLayer, Scheme
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- limits and peers ------------------------------------------------------------------------
 

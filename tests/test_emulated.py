@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 
 from tests.emulated import targets
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 ROOT = Path(__file__).resolve().parent.parent
 BY_NAME = {target.name: target for target in targets.TARGETS}

@@ -12,6 +12,9 @@ from torch import nn
 
 from quantization import load_quantized, quantize_checkpoint, quantize_model, save_quantized
 from tests.checkpoint_models import float_folder
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- models ----------------------------------------------------------------------------------
 

@@ -22,6 +22,9 @@ from tests.checkpoint_models import (
     quantized_net,
     state_equal,
 )
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- a model that does not fit ---------------------------------------------------------------
 

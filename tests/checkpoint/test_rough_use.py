@@ -24,6 +24,9 @@ from quantization.checkpoint.disk.files import new_folder
 from quantization.checkpoint.disk.json_files import CheckpointError, parse_json
 from quantization.checkpoint.float_source import open_source
 from tests.checkpoint_models import files_of, float_folder, peak_of_streaming
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- sources ---------------------------------------------------------------------------------
 

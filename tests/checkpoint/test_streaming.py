@@ -26,6 +26,9 @@ from quantization.checkpoint import CheckpointError
 from quantization.checkpoint.skeleton import skeleton_of_names
 from tests.checkpoint.streaming_calls import RULES
 from tests.checkpoint_models import bytes_of, files_of, float_folder, peak_of_streaming
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 def whole(source: Path, recipe, **options) -> nn.Module:

@@ -19,6 +19,9 @@ from quantization.checkpoint import CheckpointError, streaming
 from quantization.checkpoint.streaming import partial_folder
 from tests.checkpoint.streaming_calls import RULES
 from tests.checkpoint_models import files_of, float_folder
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- resuming --------------------------------------------------------------------------------
 

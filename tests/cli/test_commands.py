@@ -18,6 +18,9 @@ from quantization import load_quantized, quantize_checkpoint, quantize_model, sa
 from quantization.cli import COMMANDS, main
 from quantization.cli.output import Output
 from tests.checkpoint_models import files_of, float_folder, quantized_net
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 def result(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict:

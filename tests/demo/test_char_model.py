@@ -12,6 +12,9 @@ torch = pytest.importorskip("torch")
 
 from quantization.demo import char_model
 from quantization.demo.char_model import CharModel, bits_per_character, continue_text, load, save
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 @pytest.fixture(scope="module")

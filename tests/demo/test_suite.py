@@ -16,6 +16,9 @@ import quantization
 from quantization.demo import suite as suite
 from quantization.demo.model_download import cached
 from tests import tiny_models
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 ROOT = Path(__file__).resolve().parents[2]
 SHORT = ["--tokens", "800", "--length", "5"]

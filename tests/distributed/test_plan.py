@@ -18,6 +18,9 @@ from quantization.distributed import (
 )
 from quantization.distributed.plan import _matches
 from quantization.distributed.styles import SumsGradients
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 pytestmark = pytest.mark.skipif(
     not torch.distributed.is_available(), reason="needs torch.distributed"

@@ -12,6 +12,9 @@ from torch import nn
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer
 from quantization.distributed import EmbeddingShare, bounds, shard
 from quantization.layers.packed_module import BUFFERS
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 EPSILON = 2.0**-24
 SCHEMES = [

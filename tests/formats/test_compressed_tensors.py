@@ -35,6 +35,9 @@ from quantization.formats.compressed_tensors import (
 )
 from quantization.formats.folders import containers
 from tests.formats.compressed_calls import assert_same, packed_of, stored_of
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: (rows, columns, group); 0 is one scale a row. Rows and columns that fill no container are there.

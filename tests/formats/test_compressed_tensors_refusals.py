@@ -30,6 +30,9 @@ from quantization.formats.compressed_tensors import (
     write_compressed_tensors,
 )
 from tests.formats.compressed_calls import assert_same, folder_of, packed_of, settings, stored_of
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- refusals --------------------------------------------------------------------------------
 

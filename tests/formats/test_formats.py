@@ -20,6 +20,9 @@ from quantization.formats.integers import (
     why_not,
     width_of,
 )
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 WHOLE = [
     *(f"w{bits}{span}{mode}" for bits in range(1, 9) for span in ("", "t", "g7") for mode in "sa"),

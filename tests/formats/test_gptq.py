@@ -20,6 +20,9 @@ from quantization.checkpoint.stored_model import StoredModel
 from quantization.formats import FormatError
 from quantization.formats.gptq import read_gptq
 from tests.formats.foreign_oracle import gptq_tensors, numbers, write_folder
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 SETTINGS = {"bits": 4, "group_size": 32, "quant_method": "gptq", "checkpoint_format": "gptq"}
 

@@ -16,6 +16,9 @@ from quantization.checkpoint.stored_model import StoredLayer, StoredModel, store
 from quantization.formats import FormatError
 from quantization.formats.onnx import export_layer_onnx, matmul_nbits, write_onnx
 from tests.formats.foreign_oracle import matmul_nbits_numbers
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 EPS = 2.0**-24
 SCHEMES = [

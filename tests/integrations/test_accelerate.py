@@ -17,6 +17,9 @@ from accelerate.hooks import remove_hook_from_module
 import quantization.integrations.transformers as integration
 from quantization import quantize_model
 from tests import tiny_models
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 RECIPES = ["w8a16", "w4g32a", "nf4+dq"]
 

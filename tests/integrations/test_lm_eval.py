@@ -15,6 +15,9 @@ from lm_eval.models.huggingface import HFLM
 
 from quantization import quantize_model
 from tests import tiny_models
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 QUESTIONS = [("In the beginning", " God"), ("And the evening", " and the morning")]
 

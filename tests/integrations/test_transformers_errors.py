@@ -23,6 +23,9 @@ import quantization.integrations.transformers as integration
 from quantization import Scheme, save_quantized
 from quantization.integrations.transformers import QuantizationConfig
 from tests.integrations.saved_models import load
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 def test_importing_twice_is_harmless() -> None:

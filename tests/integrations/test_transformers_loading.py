@@ -34,6 +34,9 @@ from tests.integrations.saved_models import (
     logits,
     quantized,
 )
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -31,6 +31,9 @@ from quantization import (
 from quantization.integrations.transformers import QuantizationConfig
 from tests import tiny_models
 from tests.integrations.saved_models import EVERY_EMBEDDING, assert_same, load, logits, quantized
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- what is saved -------------------------------------------------------------------------------
 

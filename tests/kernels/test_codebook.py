@@ -8,6 +8,9 @@ import pytest
 from quantization import _kernels
 from tests import codebook_oracle as oracle
 from tests.memory import Guarded, at_offset, at_page_end
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- fit ---------------------------------------------------------------------------------------
 

@@ -12,6 +12,9 @@ from tests import linear_oracle
 from tests.kernels.linear_calls import Layer, backward, bias_of, forward, random_layer, scales_of
 from tests.kernels.quantize_calls import same, stored
 from tests.oracle import SOURCES, numbers
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 TYPES = list(SOURCES)
 EDGES = [(1, 1, 1), (1, 8, 64), (2, 7, 9), (3, 24, 63), (4, 3, 65), (5, 49, 31), (4, 48, 128)]

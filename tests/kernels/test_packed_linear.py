@@ -14,6 +14,9 @@ from tests.kernels.quantize_calls import number_of, placed, same, stored
 from tests.memory import Guarded
 from tests.oracle import SOURCES, STORAGE, numbers
 from tests.packed_oracle import ternary_digits, unpacked
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 TYPES = list(SOURCES)
 WIDTHS = list(range(9))  # 0: five ternary codes a byte

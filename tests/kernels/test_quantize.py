@@ -9,6 +9,9 @@ from tests import oracle
 from tests.kernels import quantize_calls as calls
 from tests.kernels.quantize_calls import same, same_numbers
 from tests.oracle import FLOAT_CODES, INTEGER_CODES, SOURCES, Spec
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 INTEGER_SPECS = [
     Spec(),

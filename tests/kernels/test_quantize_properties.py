@@ -10,6 +10,9 @@ from tests import oracle
 from tests.kernels import quantize_calls as calls
 from tests.kernels.quantize_calls import same, same_numbers
 from tests.oracle import SOURCES, Spec
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 hypothesis = pytest.importorskip("hypothesis")
 st = hypothesis.strategies

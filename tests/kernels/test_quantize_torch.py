@@ -8,6 +8,9 @@ import pytest
 from tests import oracle
 from tests.kernels import quantize_calls as calls
 from tests.oracle import FLOAT_CODES, SOURCES, Spec
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 torch = pytest.importorskip("torch")
 

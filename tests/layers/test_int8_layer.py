@@ -20,6 +20,9 @@ from quantization.linear_layer import (
 )
 from quantization.swap import target
 from tests.layers.int8_calls import FLOATS, float_linear, relative
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 @pytest.mark.parametrize("module", [linear_layer, target], ids=lambda module: module.__name__)

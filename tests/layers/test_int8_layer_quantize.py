@@ -17,6 +17,9 @@ from quantization.linear_layer import (
     replace_linear_layers_with_w8a16,
 )
 from tests.layers.int8_calls import FLOATS, float_linear, relative
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- quantize and from_float -----------------------------------------------------------------
 

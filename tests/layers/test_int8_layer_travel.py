@@ -22,6 +22,9 @@ from quantization.linear_layer import (
     QWQALinearLayer,
 )
 from tests.layers.int8_calls import float_linear, relative
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- dtypes and copies -----------------------------------------------------------------------
 

@@ -14,6 +14,9 @@ from torch import nn
 from quantization import PackedEmbedding, PackedLinearLayer, pack_matrix
 from quantization.ops import packed_rows
 from quantization.schemes.packed_weights import PackedWeights
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCHEMES = [

@@ -16,6 +16,9 @@ from quantization import PackedLinearLayer, QWQALinearLayer, Scheme, pack_matrix
 from quantization.layers.packed_module import BUFFERS
 from quantization.ops.packed_rows import decode_rows
 from tests.layers.packed_layers import FLOATS, SCHEMES, float_linear, packed, relative, same_state
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- construction ----------------------------------------------------------------------------
 

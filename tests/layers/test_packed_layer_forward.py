@@ -14,6 +14,9 @@ from torch.nn import functional as F
 
 from quantization import PackedLinearLayer
 from tests.layers.packed_layers import FLOATS, packed, relative
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- forward ---------------------------------------------------------------------------------
 

@@ -18,6 +18,9 @@ from torch import nn
 
 from quantization import PackedLinearLayer, QWQALinearLayer, Scheme, pack_matrix
 from tests.layers.packed_layers import FLOATS, SCHEMES, float_linear, packed, relative, same_state
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- dtypes and copies -----------------------------------------------------------------------
 

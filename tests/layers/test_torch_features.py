@@ -20,6 +20,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer
 from quantization.ops import torch_kernels
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS, WIDTH = 30, 40

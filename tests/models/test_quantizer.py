@@ -25,6 +25,9 @@ from quantization import (
 )
 from quantization.layers.quantized_module import QuantizedModule
 from tests.models.small_models import TOKENS, Model, schemes, snapshot, statuses
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:

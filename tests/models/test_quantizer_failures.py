@@ -17,6 +17,9 @@ from quantization import (
     quantize_model,
 )
 from tests.models.small_models import Model, snapshot
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- all or nothing --------------------------------------------------------------------------
 

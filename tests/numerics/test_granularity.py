@@ -18,6 +18,9 @@ from quantization.numerics.granularity import (
     PerGroup,
 )
 from quantization.ops.native import Grid
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 VALUES = [Granularity.PerTensor, Granularity.PerDimension(0), Granularity.PerGroup(32, 1)]
 

@@ -15,6 +15,9 @@ from quantization.linear_quantizer import (
     get_info,
     quantize_linear,
 )
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 TINY = {"float32": 1e-45, "float64": 5e-324, "float16": 6e-8}
 INTEGERS = ["int2", "int3", "int4", "int8", "int16", "uint1", "uint2", "uint4", "uint8"]

@@ -16,6 +16,9 @@ from quantization.linear_quantizer import (
     per_dim_scale_and_zero_for,
     quantize_linear,
 )
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 torch = pytest.importorskip("torch")
 

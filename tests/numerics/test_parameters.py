@@ -18,6 +18,9 @@ from quantization.linear_quantizer import (
     quantize_linear,
 )
 from quantization.numerics import parameters
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 def matrix(rows: int = 6, cols: int = 8, dtype: str = "float32") -> np.ndarray:

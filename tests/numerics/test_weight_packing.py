@@ -25,6 +25,9 @@ from quantization.weight_pack import (
 )
 from tests import pack_oracle
 from tests.numerics.packing_calls import codes_of
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 CONTAINERS = packing.CONTAINERS
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "packed.json").read_text())

@@ -14,6 +14,9 @@ from quantization.weight_pack import (
     unpack_weights,
 )
 from tests.numerics.packing_calls import codes_of
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- ensure_methods --------------------------------------------------------------------------
 

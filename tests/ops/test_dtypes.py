@@ -11,6 +11,9 @@ import pytest
 
 from quantization.ops import dtypes
 from quantization.ops.dtypes import SOURCES, TARGETS, DType, dtype_of, name_of, source_of, target_of
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 ALL = SOURCES | TARGETS
 

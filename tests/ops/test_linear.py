@@ -11,6 +11,9 @@ import pytest
 
 from quantization.ops import linear
 from quantization.ops.linear import quantized_forward
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 OUT, IN = 5, 7
 RNG = np.random.default_rng(0)

@@ -11,6 +11,9 @@ torch = pytest.importorskip("torch")
 from quantization import Scheme, pack_matrix
 from quantization.layers.packed_module import BUFFERS
 from quantization.ops.packed_rows import TERNARY, decode_rows
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 SIZES = [(1, 1), (3, 2), (2, 7), (5, 8), (4, 9), (3, 64), (2, 65), (7, 130)]
 SPANS = ["", "g1", "g3", "g8", "g64", "t"]

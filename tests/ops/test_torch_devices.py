@@ -13,6 +13,9 @@ from torch._subclasses import FakeTensorMode
 
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer, quantize_model
 from quantization.ops import torch_checks, torch_devices
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCHEMES = [

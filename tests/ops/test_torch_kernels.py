@@ -13,6 +13,9 @@ torch = pytest.importorskip("torch")
 
 
 from quantization.ops import torch_kernels
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -14,6 +14,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from quantization.ops import torch_ops
 from quantization.ops.torch_ops import linear
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 OUT, IN = 32, 20

@@ -11,6 +11,9 @@ torch = pytest.importorskip("torch")
 from quantization import pack_matrix
 from quantization.ops import torch_kernels
 from quantization.ops.torch_ops import packed_linear
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 OUT, IN = 24, 70
 SCHEMES = [

@@ -11,6 +11,9 @@ from quantization.schemes import codebooks
 from quantization.schemes.codebooks import E2M1, FP4, NF4, fit_codebook, fit_ternary
 from tests import codebook_oracle as oracle
 from tests.oracle import nearest, numbers
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- tables ------------------------------------------------------------------------------------
 

@@ -15,6 +15,9 @@ from tests.oracle import Spec, nearest, scale_and_zero
 from tests.oracle import numbers as decoded
 from tests.packed_calls import ALL, DTYPES, check_decoding, matrix, same
 from tests.packed_oracle import array_of, numbers, read
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 torch = pytest.importorskip("torch")
 hypothesis = pytest.importorskip("hypothesis")

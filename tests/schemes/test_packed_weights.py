@@ -10,6 +10,9 @@ import pytest
 from quantization import Granularity, Mode, PackedWeights, Scheme, pack_matrix, quantize_linear
 from tests.packed_calls import ALL, DTYPES, check_decoding, matrix, same
 from tests.packed_oracle import PARTS, array_of, numbers, read
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 torch = pytest.importorskip("torch")
 

@@ -14,6 +14,9 @@ import pytest
 from quantization.numerics.granularity import Granularity
 from quantization.numerics.parameters import Mode
 from quantization.schemes.scheme import Scheme, scheme_of
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 GROUP = Granularity.PerGroup
 TYPES = ("float32", "float64", "float16", "bfloat16")

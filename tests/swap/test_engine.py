@@ -15,6 +15,9 @@ from quantization.linear_layer import (
     replace_linear_layers_with_w8a16,
 )
 from tests.swap.small_models import TARGET, mlp, snapshot
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- all or nothing --------------------------------------------------------------------------
 

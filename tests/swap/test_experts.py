@@ -11,6 +11,9 @@ torch = pytest.importorskip("torch")
 from torch import nn
 
 from quantization import UnfusedExperts, quantize_model, unfuse_experts
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 def statuses(report: Any) -> dict[str, str]:

@@ -19,6 +19,9 @@ from quantization.linear_layer import (
 )
 from quantization.swap import conversion, replacement, report
 from tests.swap.small_models import TARGET, mlp, snapshot, statuses
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,9 @@ torch = pytest.importorskip("torch")
 from torch import nn
 
 from quantization.linear_layer import QWQALinearLayer, Target, replace_linear_layers_with_w8a16
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 TARGET = Target.Linear(QWQALinearLayer)
 pytestmark = pytest.mark.filterwarnings(

@@ -12,6 +12,9 @@ from quantization.linear_layer import (
     replace_linear_layers_with_w8a16,
 )
 from tests.swap.small_models import TARGET, statuses
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- sharing and ties ------------------------------------------------------------------------
 

@@ -15,6 +15,9 @@ from quantization.linear_layer import (
 )
 from quantization.swap import report
 from tests.swap.small_models import TARGET, mlp
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- the report ------------------------------------------------------------------------------
 

@@ -18,6 +18,9 @@ from quantization.linear_layer import (
     target_class_from,
 )
 from tests.swap.small_models import TARGET, mlp, snapshot
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- the target ------------------------------------------------------------------------------
 

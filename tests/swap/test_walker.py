@@ -24,6 +24,9 @@ from quantization.swap.walker import (
     walk,
     why_left,
 )
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 def test_examples_in_the_docstrings() -> None:

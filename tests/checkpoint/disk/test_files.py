@@ -10,6 +10,9 @@ pytest.importorskip("torch")
 
 from quantization.checkpoint.disk import files
 from quantization.checkpoint.disk.files import member, new_file, new_folder
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 def names(path: Path) -> list[str]:

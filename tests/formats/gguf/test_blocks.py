@@ -15,6 +15,9 @@ from quantization.formats.gguf.blocks import TYPES
 from quantization.formats.gguf.packed import blocks_of, packed_of
 from quantization.formats.gguf.types import type_for
 from quantization.schemes.scheme import Scheme
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # Where a block has its float16 numbers.
 HALVES = {

@@ -16,6 +16,9 @@ from quantization import pack_matrix
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel, StoredTensor
 from quantization.formats import FormatError
 from quantization.formats.gguf import read_gguf, write_gguf
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,9 @@ from quantization.checkpoint.stored_model import (
 from quantization.formats import FormatError
 from quantization.formats.gguf import read_gguf, reader, write_gguf
 from quantization.formats.gguf.header import read_header
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 EXAMPLE = Path(__file__).resolve().parents[3] / "examples" / "gguf_roundtrip.py"
 

@@ -32,6 +32,9 @@ from quantization.formats.gguf import read_gguf, save_tokenizer, write_gguf
 from quantization.formats.gguf.blocks import TYPES
 from quantization.formats.gguf.header import read_header
 from tests import tiny_models
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 SIZES = {
     "vocab_size": 96,
