@@ -13,6 +13,10 @@ import pytest
 
 from quantization import _kernels
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: torch's own threads would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 try:
     import hypothesis
 except ImportError:
