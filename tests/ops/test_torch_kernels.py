@@ -48,7 +48,7 @@ def test_the_kernels_in_python_pass_the_same_tests() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-k", "not inductor", "tests/ops/test_torch_ops.py"],
         cwd=ROOT,
-        env=os.environ | {"QUANTIZATION_TORCH_OPS": "python"},
+        env=os.environ | {"QUANTIZATION_TORCH_OPS": "python", "PYTEST_ADDOPTS": ""},
         capture_output=True,
         text=True,
     )
