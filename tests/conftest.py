@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ import pytest
 
 from quantization import _kernels
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # one process a core: torch's own threads would only wait
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 try:
     import hypothesis
 except ImportError:
@@ -20,6 +25,13 @@ else:  # the same examples on every run where a red test must mean a red change
     hypothesis.settings.register_profile("ci", derandomize=True, deadline=None, database=None)
     if os.environ.get("CI"):
         hypothesis.settings.load_profile("ci")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    """Every test draws the same numbers from torch, alone or in company."""
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(0)
 
 
 @pytest.fixture(params=_kernels.isas())

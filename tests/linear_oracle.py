@@ -7,7 +7,8 @@ order and with or without FMA (Higham, Accuracy and Stability of Numerical Algor
 from __future__ import annotations
 
 import numpy as np
-from oracle import largest
+
+from tests.oracle import largest
 
 Array = np.ndarray
 Wide = np.longdouble

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from packed_oracle import PARTS, array_of, numbers, tolerance
 
 from quantization.ops.dtypes import SOURCES
 from quantization.schemes.packed_weights import PackedWeights
+from tests.packed_oracle import PARTS, array_of, numbers, tolerance
 
 torch = pytest.importorskip("torch")
 

@@ -18,7 +18,6 @@ torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks stay in the source tree", allow_module_level=True)
-sys.path.insert(0, str(ROOT))
 
 from benchmarks import summary, tables
 from benchmarks.bench_packed import INT8, MAIN, WIDTHS
@@ -38,6 +37,9 @@ from benchmarks.peers_4bit import FOUR_BIT_PEERS
 from benchmarks.race import relative
 from benchmarks.records import Results, Row, add_ratios
 from benchmarks.summary import summarize
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 ARITHMETIC = ("dpbf16", "avx512", "avx2", "generic")
 

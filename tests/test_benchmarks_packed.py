@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,6 @@ torch = pytest.importorskip("torch")
 ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks stay in the source tree", allow_module_level=True)
-sys.path.insert(0, str(ROOT))
 
 from benchmarks import report, summary
 from benchmarks.bench_packed import MAIN, WIDTHS, packed_isas
@@ -26,6 +24,9 @@ from benchmarks.records import Results, Row, add_ratios
 from benchmarks.session import Session, full, quick, smoke
 from benchmarks.summary import summarize
 from quantization import PackedLinearLayer, QWQALinearLayer, Scheme
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- limits and peers ------------------------------------------------------------------------
 

@@ -10,6 +10,9 @@ from pathlib import Path
 import pytest
 
 import quantization
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 PACKAGE = Path(quantization.__file__).parent
 MODULES = sorted(

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent / "emulated"))
-import targets
+from tests.emulated import targets
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 ROOT = Path(__file__).resolve().parent.parent
 BY_NAME = {target.name: target for target in targets.TARGETS}

@@ -14,6 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
+
 pytest.importorskip("torch")
 
 ROOT = Path(__file__).resolve().parent.parent

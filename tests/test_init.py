@@ -10,6 +10,9 @@ import sys
 import pytest
 
 import quantization
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # Importing torch raises, as where it is not installed.
 WITHOUT_TORCH = """

@@ -7,6 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 
 

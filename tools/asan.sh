@@ -21,6 +21,7 @@ run -c '
 import quantization._kernels as kernels
 assert "build/asan" in kernels.__file__, f"the sanitized build was not found: {kernels.__file__}"
 '
-# The reference kernels are under both sanitizers in the harness.
-run -m pytest -q -p no:cacheprovider tests/kernels -k "not reference"
+# The reference kernels are under both sanitizers in the harness. The tests import each other from
+# this folder, which comes last on the path, behind the sanitized build.
+run -m pytest -q -p no:cacheprovider --import-mode=append tests/kernels -k "not reference"
 [ "${2:-}" = --no-harness ] || "$python" tests/emulated/targets.py native-sanitized

@@ -24,7 +24,8 @@ from quantization.distributed.styles import (
     SumsGradients,
 )
 from quantization.layers.packed_embedding import PackedEmbedding
-from quantization.layers.quantized_module import QuantizedLinear, QuantizedModule
+from quantization.layers.quantized_linear import QuantizedLinear
+from quantization.layers.quantized_module import QuantizedModule
 from quantization.swap.conversion import adopt, memory_of, weight_of
 from quantization.swap.experts import UnfusedExperts
 

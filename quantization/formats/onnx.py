@@ -26,7 +26,7 @@ from quantization.checkpoint.disk.stored_tensor import key_of
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel, stored_model
 from quantization.formats.errors import FormatError
 from quantization.formats.integers import Integers, integers_of, why_not, width_of
-from quantization.layers.quantized_module import QuantizedLinear
+from quantization.layers.quantized_linear import QuantizedLinear
 from quantization.numerics.parameters import Mode
 from quantization.numerics.weight_packing import pack_weights
 from quantization.ops import native

@@ -31,7 +31,8 @@ from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 
 from quantization.layers.packed_embedding import PackedEmbedding
-from quantization.layers.quantized_module import QuantizedLinear, QuantizedModule
+from quantization.layers.quantized_linear import QuantizedLinear
+from quantization.layers.quantized_module import QuantizedModule
 
 __all__ = ["LAYERS", "QuantizedLoraEmbedding", "QuantizedLoraLinear"]
 

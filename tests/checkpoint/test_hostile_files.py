@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 
 torch = pytest.importorskip("torch")
-from checkpoint_models import float_folder, net, quantized_net
 from safetensors.torch import save_file
 
 from quantization import load_quantized, quantize_checkpoint, save_quantized
 from quantization.checkpoint import CheckpointError, verify_checkpoint
 from quantization.checkpoint.disk.safetensors_files import TensorFolder, TensorWriter, read_header
+from tests.checkpoint_models import float_folder, net, quantized_net
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"\0" * 16, length: int | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Save and load: the same bits, ties and behaviour; whole or not at all; read in place."""
+"""Save and load: the same bits, ties and behaviour; whole or not at all."""
 
 from __future__ import annotations
 
@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
-from checkpoint_models import (
+from torch import nn
+
+from quantization import (
+    PackedEmbedding,
+    QWQALinearLayer,
+    load_quantized,
+    quantize_model,
+    save_quantized,
+)
+from quantization.checkpoint.writing import write_shard
+from tests.checkpoint_models import (
     SCHEMES,
     TOKENS,
     Net,
@@ -22,20 +32,9 @@ from checkpoint_models import (
     quantized_net,
     state_equal,
 )
-from torch import nn
+from tests.unittest_bridge import pytest_cases
 
-from quantization import (
-    PackedEmbedding,
-    PackedLinearLayer,
-    QWQALinearLayer,
-    load_quantized,
-    quantize_model,
-    save_quantized,
-)
-from quantization.checkpoint import read_checkpoint, verify_checkpoint, write_checkpoint
-from quantization.checkpoint.restore import RestoreError, restore_model
-from quantization.checkpoint.stored_model import stored_model
-from quantization.checkpoint.writing import write_shard
+load_tests = pytest_cases(__file__)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -191,113 +190,6 @@ def test_numpy_alone_can_decode_it(recipe: str, tmp_path: Path) -> None:
     assert np.array_equal(decode(tmp_path / "saved", "blocks.1.inner"), weight)
 
 
-# ---- in place --------------------------------------------------------------------------------
-
-
-def test_tensors_are_views_of_the_mapped_file(tmp_path: Path) -> None:
-    model = quantized_net("w4g32a")
-    save_quantized(model, tmp_path / "saved")
-    again = load_quantized(tmp_path / "saved", net())
-    maps = Path("/proc/self/maps")
-    if not maps.exists():
-        pytest.skip("needs /proc")
-    places = [line.split()[0] for line in maps.read_text().splitlines() if "saved/model" in line]
-    spans = [tuple(int(part, 16) for part in place.split("-")) for place in places]
-    for key, tensor in again.state_dict().items():
-        assert any(low <= tensor.data_ptr() < high for low, high in spans), key
-
-
-def test_writing_to_a_loaded_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
-    save_quantized(quantized_net("w4g32a"), tmp_path / "saved")
-    before = files_of(tmp_path / "saved")
-    again = load_quantized(tmp_path / "saved", net())
-    with torch.no_grad():
-        for tensor in again.state_dict().values():
-            tensor.zero_()
-    assert files_of(tmp_path / "saved") == before
-    verify_checkpoint(tmp_path / "saved")
-
-
-def test_saving_over_the_folder_that_is_mapped(tmp_path: Path) -> None:
-    model = quantized_net("w4g32a")
-    save_quantized(model, tmp_path / "saved")
-    again = load_quantized(tmp_path / "saved", net())
-    with pytest.raises(FileExistsError, match="overwrite=True"):
-        save_quantized(again, tmp_path / "saved")
-    save_quantized(again, tmp_path / "saved", overwrite=True)
-    assert state_equal(again, model)
-    assert state_equal(load_quantized(tmp_path / "saved", net()), model)
-    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
-
-
-RESIDENT = """
-import sys, time, torch
-from quantization import load_quantized
-from torch import nn
-def resident():
-    fields = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
-    return int(fields["VmRSS"].split()[0]) * 1024
-folder, layers = sys.argv[1], int(sys.argv[2])
-with torch.device("meta"):
-    small = nn.Sequential(nn.Linear(64, 64))
-    model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(layers)))
-load_quantized(sys.argv[3], small)  # what is imported on first use
-before, start = resident(), time.perf_counter()
-load_quantized(folder, model)
-took = time.perf_counter() - start
-print(took, resident() - before)
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
-def test_loading_takes_what_headers_take(tmp_path: Path) -> None:
-    layers = 16
-    big = nn.Sequential(*(PackedLinearLayer(4096, 4096, False, "w8", device="meta")
-                          for _ in range(layers)))  # fmt: skip
-    big = big.to_empty(device="cpu")
-    save_quantized(big, tmp_path / "big")
-    small = nn.Sequential(PackedLinearLayer(64, 64, True, "w8"))
-    save_quantized(small, tmp_path / "small")
-    arguments = [str(tmp_path / "big"), str(layers), str(tmp_path / "small")]
-    run = subprocess.run(
-        [sys.executable, "-c", RESIDENT, *arguments], capture_output=True, text=True, check=False
-    )
-    assert run.returncode == 0, run.stderr
-    seconds, grown = map(float, run.stdout.split())
-    assert grown < 50e6 < layers * 4096 * 4096, f"{grown:.0f} bytes became resident"
-    assert seconds < 5, "a bound for a busy machine; benchmarks have the figure"
-
-
-SHARED = """
-import sys, torch
-from quantization import QWQALinearLayer, load_quantized
-layer = load_quantized(sys.argv[1], torch.nn.Linear(2048, 2048))
-layer(torch.ones(1, 2048))
-sums, inside = {}, False
-for line in open("/proc/self/smaps"):
-    if "-" in line.split()[0]:
-        inside = "big/model.safetensors" in line
-    elif inside and line.split()[-1] == "kB":
-        name, size = line.split()[:2]
-        sums[name] = sums.get(name, 0) + int(size)
-print(sums["Shared_Clean:"], sums["Private_Dirty:"])
-"""
-
-
-@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
-def test_processes_share_the_pages(tmp_path: Path) -> None:
-    save_quantized(QWQALinearLayer(2048, 2048), tmp_path / "big")
-    mine = load_quantized(tmp_path / "big", nn.Linear(2048, 2048))
-    mine(torch.ones(1, 2048))
-    run = subprocess.run(
-        [sys.executable, "-c", SHARED, str(tmp_path / "big")],
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert run.returncode == 0, run.stderr
-    shared, dirty = map(int, run.stdout.split())
-    assert shared >= 2048 * 2048 // 1024 and dirty == 0
-
-
 # ---- whole or not at all ---------------------------------------------------------------------
 
 
@@ -371,78 +263,3 @@ def test_what_cannot_be_saved_says_so(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="max_shard_bytes is 0"):
         save_quantized(nn.Linear(2, 2), tmp_path / "new", max_shard_bytes=0)
     assert list(tmp_path.iterdir()) == []
-
-
-# ---- a model that does not fit ---------------------------------------------------------------
-
-
-def misfits() -> dict[str, tuple[nn.Module, str]]:
-    def model(**changes: nn.Module) -> nn.Module:
-        made = net()
-        for name, module in changes.items():
-            setattr(made, name, module)
-        return made
-
-    other = net()
-    other.blocks[1].inner = nn.Linear(96, 96, bias=False)
-    wide = net()
-    wide.blocks[1].inner = nn.Linear(97, 96)
-    short = net()
-    del short.blocks[2]
-    del short.blocks[1]
-    parametrized = net()
-    nn.utils.parametrizations.weight_norm(parametrized.blocks[1].inner)
-    bare = net()
-    bare.blocks[1].register_buffer("ramp", torch.empty(96, device="meta"), persistent=False)
-    table = net()
-    table.blocks[1].inner = nn.Embedding(96, 96)
-    counted = net()
-    counted.blocks[1].steps = torch.tensor(7.0)
-    return {
-        "missing": (model(extra=nn.LayerNorm(4)), "2 tensors of the model are not stored: extra"),
-        "extra": (short, "stored layers are none of the model's: blocks.1.inner"),
-        "no bias": (other, "blocks.1.inner is stored with a bias; the model's is without one"),
-        "shape": (wide, r"stored with shape \(96, 96\); the model's is \(96, 97\)"),
-        "parametrized": (parametrized, "cannot become a quantized layer: parametrized"),
-        "meta buffer": (bare, "on meta and not stored, as they are not persistent: blocks.1.ramp"),
-        "kind": (table, "blocks.1.inner cannot become a quantized layer: .* is not nn.Linear"),
-        "number": (counted, "blocks.1.steps is stored as int64; the model's is float32"),
-        "norm": (model(head=nn.Linear(96, 51, bias=False)), r"head.weight is stored with shape"),
-    }
-
-
-@pytest.mark.parametrize("case", list(misfits()))
-def test_a_model_that_does_not_fit_is_left_as_it_was(case: str, tmp_path: Path) -> None:
-    save_quantized(quantized_net("w4g32"), tmp_path / "saved")
-    model, message = misfits()[case]
-    before = {name: id(module) for name, module in model.named_modules()}
-    tensors = {key: id(tensor) for key, tensor in model.named_parameters()}
-    with pytest.raises(RestoreError, match=message):
-        load_quantized(tmp_path / "saved", model)
-    assert before == {name: id(module) for name, module in model.named_modules()}
-    assert tensors == {key: id(tensor) for key, tensor in model.named_parameters()}
-
-
-def test_without_a_model_or_config_the_error_says_what_to_give(tmp_path: Path) -> None:
-    save_quantized(nn.Linear(2, 2), tmp_path / "saved")
-    with pytest.raises(ValueError, match=r"no config\.json .* give the model"):
-        load_quantized(tmp_path / "saved")
-    for what in ("model", nn.Linear):
-        with pytest.raises(TypeError, match="expected a model"):
-            load_quantized(tmp_path / "saved", what)
-
-
-def test_a_stored_model_goes_into_another_without_files() -> None:
-    model = quantized_net("nf4", embed=True)
-    again = restore_model(stored_model(model), net(seed=4))
-    assert state_equal(again, model)
-    assert again.head.packed_weights is again.embed.packed_weights
-    assert again.head.packed_weights is model.head.packed_weights
-
-
-def test_reading_and_writing_keeps_config_and_assets(tmp_path: Path) -> None:
-    stored = stored_model(quantized_net("w4"), {"model_type": "net"})
-    write_checkpoint(stored, tmp_path / "a")
-    (tmp_path / "a/tokenizer.json").write_text("{}")
-    write_checkpoint(read_checkpoint(tmp_path / "a"), tmp_path / "b")
-    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")

@@ -9,13 +9,13 @@ import copy
 
 import torch
 import torch.distributed as dist
-from launch import run_checks
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer
+from tests.distributed.launch import run_checks
 
 WORDS, WIDTH = 20, 32
 

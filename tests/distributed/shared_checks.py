@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from launch import run_checks
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
@@ -15,6 +14,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer, quantize_model
 from quantization.distributed import ColwiseQuantized, RowwiseQuantized, plan_of, tensor_parallel
 from quantization.layers.quantized_module import QuantizedModule
+from tests.distributed.launch import run_checks
 
 SCHEMES = ["rows", "w4g32a", "w3g33", "w8", "nf4g64", "w5g16af", "mxfp4", "ternaryg32", "kmeans3r"]
 SCHEMES += ["w4g64a+dq", "w2t", "w8g32"]

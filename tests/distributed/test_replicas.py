@@ -11,7 +11,10 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-from launch import failures
+from tests.distributed.launch import failures
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 SCRIPT = Path(__file__).with_name("replica_checks.py")
 

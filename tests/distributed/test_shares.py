@@ -12,6 +12,9 @@ from torch import nn
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer
 from quantization.distributed import EmbeddingShare, bounds, shard
 from quantization.schemes.packed_weights import PARTS
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 EPSILON = 2.0**-24
 SCHEMES = [
@@ -22,11 +25,6 @@ SCHEMES = [
     *("w5g16a+dq", "w4g64a+dq", "w5g9af+dq", "w4g1000"),
 ]
 OUT, IN = 43, 205
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
 
 
 def layer_of(scheme: str, dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Module:

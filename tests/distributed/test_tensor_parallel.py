@@ -11,9 +11,11 @@ torch = pytest.importorskip("torch")
 if not torch.distributed.is_available() or not torch.distributed.is_gloo_available():
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
 
-from launch import ROOT, failures, names_of_checks, torchrun
-
 from quantization.demo.model_download import cached
+from tests.distributed.launch import ROOT, failures, names_of_checks, torchrun
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 SCRIPT = Path(__file__).with_name("shared_checks.py")
 EXAMPLE = ROOT / "examples" / "tensor_parallel.py"

@@ -17,6 +17,9 @@ from quantization.distributed import (
     held_bytes,
     shard,
 )
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 class InParts(nn.Module):

@@ -11,11 +11,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from foreign_oracle import awq_tensors, numbers, write_folder
-
 from quantization import Mode
 from quantization.formats import FormatError
 from quantization.formats.awq import read_awq
+from tests.formats.foreign_oracle import awq_tensors, numbers, write_folder
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 SETTINGS = {"bits": 4, "group_size": 32, "version": "gemm", "quant_method": "awq"}
 SETTINGS |= {"zero_point": True, "modules_to_not_convert": None}

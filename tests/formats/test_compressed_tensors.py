@@ -1,11 +1,9 @@
-"""compressed-tensors: bytes against the package itself, round trips, settings, refusals."""
+"""compressed-tensors: bytes against the package itself, and round trips."""
 
 from __future__ import annotations
 
 import inspect
 import json
-import logging
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from quantization import (
     QWQALinearLayer,
@@ -25,18 +23,22 @@ from quantization import (
     quantize_model,
     replace_linear_layers_with_w8a16,
 )
-from quantization.checkpoint.disk.json_files import CheckpointError
-from quantization.checkpoint.disk.stored_tensor import StoredTensor
 from quantization.checkpoint.restore import restore_model
-from quantization.checkpoint.stored_model import StoredLayer, StoredModel, stored_model
-from quantization.formats import FormatError
+from quantization.checkpoint.stored_model import (
+    StoredLayer,
+    StoredModel,
+    stored_model,
+)
 from quantization.formats.compressed_tensors import (
     read_compressed_tensors,
     write_compressed_tensors,
 )
 from quantization.formats.folders import containers
+from tests.formats.compressed_calls import assert_same, packed_of, stored_of
+from tests.unittest_bridge import pytest_cases
 
-PARTS = ("packed_weights", "scales", "zero_points")
+load_tests = pytest_cases(__file__)
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: (rows, columns, group); 0 is one scale a row. Rows and columns that fill no container are there.
 SIZES = [
@@ -51,29 +53,8 @@ SIZES = [
 ALL = [(bits, mode) for bits in range(2, 9) for mode in ("", "a")]
 
 
-def packed_of(rng: np.random.Generator, name: str, rows: int, cols: int, dtype: Any) -> Any:
-    weight = torch.from_numpy(rng.normal(size=(rows, cols))).to(dtype)
-    return pack_matrix(weight, name)
-
-
 def name_of(bits: int, mode: str, group: int) -> str:
     return f"w{bits}{f'g{group}' if group else ''}{mode}"
-
-
-def stored_of(layers: dict[str, Any], **more: Any) -> StoredModel:
-    return StoredModel(
-        {name: StoredLayer.of(packed) for name, packed in layers.items()}, {}, **more
-    )
-
-
-def assert_same(found: Any, packed: Any) -> None:
-    """Equal to the last bit, and so is the scheme."""
-    assert (found.scheme, found.shape, found.dtype) == (packed.scheme, packed.shape, packed.dtype)
-    for part in PARTS:
-        mine, theirs = getattr(packed, part), getattr(found, part)
-        assert (mine is None) == (theirs is None)
-        if mine is not None:
-            assert mine.dtype == theirs.dtype and torch.equal(mine, theirs)
 
 
 # ---- the package's own bytes -----------------------------------------------------------------
@@ -288,113 +269,6 @@ def test_reading_touches_no_weights(
     assert "b.weight_packed" not in read
 
 
-# ---- int-quantized, and what other writers do ------------------------------------------------
-
-
-def settings(form: dict[str, Any], layout: str = "int-quantized", **more: Any) -> dict[str, Any]:
-    group = {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", **form}}
-    plain = {"quant_method": "compressed-tensors", "format": layout, "config_groups": {"g": group}}
-    return {"quantization_config": plain | more}
-
-
-def folder_of(path: Path, tensors: dict[str, torch.Tensor], config: dict[str, Any]) -> Path:
-    path.mkdir(exist_ok=True)
-    save_file(tensors, path / "model.safetensors")
-    (path / "config.json").write_text(json.dumps(config))
-    return path
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("strategy", ["channel", "group", "tensor"])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_int_quantized_weights_are_read(
-    bits: int, strategy: str, symmetric: bool, tmp_path: Path, rng: np.random.Generator
-) -> None:
-    half = 1 << bits - 1
-    groups = {"channel": 1, "group": 3, "tensor": 1}[strategy]
-    shape = (1,) if strategy == "tensor" else (10, groups)
-    codes = rng.integers(-half, half, (10, 96)).astype(np.int8)
-    scales = rng.uniform(0.1, 1, shape).astype(np.float32)
-    zeros = rng.integers(-half, half, shape).astype(np.int8)
-    tensors = {"up.weight": torch.from_numpy(codes), "up.weight_scale": torch.from_numpy(scales)}
-    if not symmetric:
-        tensors["up.weight_zero_point"] = torch.from_numpy(zeros)
-    form = {"num_bits": bits, "symmetric": symmetric, "strategy": strategy}
-    form["group_size"] = 32 if strategy == "group" else None
-    layer = read_compressed_tensors(folder_of(tmp_path, tensors, settings(form))).layers["up"]
-    place = np.arange(96) // 32 if strategy == "group" else np.zeros(96, int)
-    wide = np.broadcast_to(scales.reshape(-1, groups), (10, groups))[:, place]
-    zero = np.broadcast_to(zeros.reshape(-1, groups), (10, groups))[:, place] * (not symmetric)
-    exact = (codes.astype(np.float32) - zero.astype(np.float32)) * wide
-    np.testing.assert_array_equal(layer.load().dequantize(), exact)
-    assert layer.scheme.bits == bits and layer.load().scheme == layer.scheme
-
-
-def test_activations_stay_float_and_a_warning_says_so(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    config = settings({"strategy": "channel"})
-    group = config["quantization_config"]["config_groups"]["g"]
-    group["input_activations"] = {"num_bits": 8, "dynamic": True, "strategy": "token"}
-    tensors = {
-        "up.weight": torch.ones(4, 8, dtype=torch.int8),
-        "up.weight_scale": torch.ones(4, 1),
-        "up.input_scale": torch.ones(1),
-    }
-    with caplog.at_level(logging.WARNING, "quantization"):
-        stored = read_compressed_tensors(folder_of(tmp_path, tensors, config))
-    assert not stored.tensors and "stay float" in caplog.text
-    assert stored.layers["up"].kind == "int8_linear"
-
-
-def test_settings_name_layers_by_name_pattern_and_class(
-    tmp_path: Path, rng: np.random.Generator
-) -> None:
-    names = {"a.up": "w4g32a", "a.down": "w8", "b.up": "w3"}
-    layers = {name: packed_of(rng, scheme, 8, 64, torch.float32) for name, scheme in names.items()}
-    folder = tmp_path / "a"
-    write_compressed_tensors(stored_of(layers), folder)
-    config = json.loads((folder / "config.json").read_text())
-    groups = config["quantization_config"]["config_groups"]
-    wanted = {4: ["Linear"], 8: [r"re:.*\.down$"], 3: ["b.up", "re:nothing"]}
-    for group in groups.values():
-        group["targets"] = wanted[group["weights"]["num_bits"]]
-    (folder / "config.json").write_text(json.dumps(config))
-    again = read_compressed_tensors(folder)
-    assert {name: str(layer.scheme) for name, layer in again.layers.items()} == names
-
-
-def test_zero_points_that_are_not_packed_are_read(tmp_path: Path, rng: np.random.Generator) -> None:
-    from quantization.formats.integers import integers_of
-
-    packed = packed_of(rng, "w4g32a", 10, 64, torch.float32)
-    write_compressed_tensors(stored_of({"up": packed}), tmp_path / "a")
-    tensors = load_file(tmp_path / "a/model.safetensors")
-    zeros = integers_of(packed, 4).zero_points.to(torch.int8) - 8
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    folder_of(tmp_path / "b", tensors | {"up.weight_zero_point": zeros}, config)
-    assert_same(read_compressed_tensors(tmp_path / "b").layers["up"].load(), packed)
-
-
-def test_g_idx_is_followed_or_refused(tmp_path: Path, rng: np.random.Generator) -> None:
-    packed = packed_of(rng, "w4g32a", 8, 96, torch.float32)
-    write_compressed_tensors(stored_of({"up": packed}), tmp_path / "a")
-    tensors = load_file(tmp_path / "a/model.safetensors")
-    config = json.loads((tmp_path / "a/config.json").read_text())
-
-    def read(places: torch.Tensor) -> torch.Tensor:
-        made = tensors | {"up.weight_g_idx": places.to(torch.int32)}
-        folder = folder_of(tmp_path / "b", made, config)
-        return read_compressed_tensors(folder).layers["up"].load()
-
-    assert_same(read(torch.full((96,), -1)), packed)
-    assert_same(read(torch.arange(96) // 32), packed)
-    turned = read(2 - torch.arange(96) // 32)
-    assert torch.equal(turned.scales, packed.scales.flip(1))
-    with pytest.raises(FormatError, match=r"up.weight_g_idx scatters groups"):
-        read(torch.arange(96) % 3)
-
-
 # ---- transformers ----------------------------------------------------------------------------
 
 
@@ -415,7 +289,7 @@ def test_transformers_loads_what_was_written(
 ) -> None:
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("compressed_tensors")
-    from tiny_models import save_llama
+    from tests.tiny_models import save_llama
 
     if (
         options
@@ -434,184 +308,6 @@ def test_transformers_loads_what_was_written(
     with torch.no_grad():
         expected, found = model(tokens).logits, theirs(tokens).logits
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-
-
-# ---- refusals --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("name", "message"),
-    [
-        ("nf4", r"cannot hold up \(nf4g64\): codes of the grid 'nf4' are places in a table"),
-        ("fp4", "the grid 'fp4'"),
-        ("mxfp4", "the grid 'mxfp4'"),
-        ("kmeans4", "the grid 'kmeans'"),
-        ("w4g32af", "its zero points are floats, not whole numbers; quantize that layer to"),
-        ("w4g48", "its rows of 64 are no whole number of groups of 48; .* that divides 64"),
-    ],
-)
-def test_what_the_format_cannot_hold_is_refused_before_anything_is_written(
-    name: str, message: str, tmp_path: Path, rng: np.random.Generator
-) -> None:
-    layers = {"a": "w4", "up": name}
-    layers = {key: packed_of(rng, scheme, 8, 64, torch.float32) for key, scheme in layers.items()}
-    with pytest.raises(FormatError, match=message):
-        write_compressed_tensors(stored_of(layers), tmp_path / "a")
-    assert not list(tmp_path.iterdir())
-
-
-def test_embeddings_and_conv1d_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
-    packed = packed_of(rng, "w4", 8, 64, torch.float32)
-    for layer, what in (
-        (StoredLayer.of(packed, "embedding", padding_idx=None), "an embedding"),
-        (StoredLayer.of(packed, was_conv1d=True), "a Conv1D of transformers"),
-    ):
-        with pytest.raises(FormatError, match=f"cannot hold up .*it is {what}.* leave it in float"):
-            write_compressed_tensors(StoredModel({"up": layer}, {}), tmp_path / "a")
-
-
-def test_a_failure_half_way_leaves_nothing(tmp_path: Path, rng: np.random.Generator) -> None:
-    packed = packed_of(rng, "w4", 8, 64, torch.float32)
-    meta = pack_matrix(torch.empty(8, 64, device="meta"), "w4")
-    with pytest.raises(FormatError, match="on meta"):
-        write_compressed_tensors(stored_of({"a": packed, "b": meta}), tmp_path / "a")
-    assert not list(tmp_path.iterdir())
-    write_compressed_tensors(stored_of({"a": packed}), tmp_path / "a")
-    with pytest.raises(FileExistsError, match="overwrite=True"):
-        write_compressed_tensors(stored_of({"a": packed}), tmp_path / "a")
-
-    def fails() -> Any:
-        raise OSError("no space")
-
-    bad = StoredModel({"a": StoredLayer.of(packed)}, {"b": StoredTensor((1,), "float32", fails)})
-    with pytest.raises(OSError, match="no space"):
-        write_compressed_tensors(bad, tmp_path / "a", overwrite=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["a"]
-    assert_same(read_compressed_tensors(tmp_path / "a").layers["a"].load(), packed)
-
-
-def test_a_head_of_its_own_is_not_tied_again(tmp_path: Path, rng: np.random.Generator) -> None:
-    packed = packed_of(rng, "w8", 8, 64, torch.float32)
-    config = {"tie_word_embeddings": True}
-    write_compressed_tensors(stored_of({"lm_head": packed}, config=config), tmp_path / "a")
-    plain = json.loads((tmp_path / "a/config.json").read_text())
-    assert plain["tie_word_embeddings"] is False and config["tie_word_embeddings"]
-    assert plain["quantization_config"]["ignore"] == []
-
-
-int32 = {"dtype": torch.int32}
-
-
-@pytest.mark.parametrize(
-    ("part", "tensor", "message"),
-    [
-        ("weight_packed", None, "has no tensor up.weight_packed"),
-        ("weight_scale", None, "has no tensor up.weight_scale"),
-        ("weight_shape", None, "has no tensor up.weight_shape"),
-        ("weight_zero_point", None, "has no tensor up.weight_zero_point"),
-        ("weight_packed", torch.zeros(8, 8), "up.weight_packed is float32; it must be int32"),
-        ("weight_packed", torch.zeros(8, 9, **int32), r"shape \(8, 9\); it must be \(8, 8\)"),
-        ("weight_scale", torch.zeros(8, 3), r"up.weight_scale has shape \(8, 3\)"),
-        ("weight_scale", torch.zeros(8, 2, **int32), "up.weight_scale is int32"),
-        ("weight_shape", torch.tensor([8, 65]), "up.weight_packed has shape"),
-        ("weight_shape", torch.tensor([-8, 64]), "up.weight_shape is -8, 64"),
-        ("weight_shape", torch.tensor([8]), r"up.weight_shape has shape \(1,\)"),
-        (
-            "weight_zero_point",
-            torch.zeros(2, 2, **int32),
-            r"up.weight_zero_point has shape \(2, 2\)",
-        ),
-        (
-            "weight_zero_point",
-            torch.zeros(8, 3, dtype=torch.int8),
-            "up.weight_zero_point has shape",
-        ),
-        ("weight_zero_point", torch.zeros(1, 2), "up.weight_zero_point is float32"),
-        ("weight_g_idx", torch.zeros(63, **int32), r"up.weight_g_idx has shape \(63,\)"),
-    ],
-)
-def test_tensors_of_another_form_are_named(
-    part: str, tensor: Any, message: str, tmp_path: Path, rng: np.random.Generator
-) -> None:
-    packed = packed_of(rng, "w4g32a", 8, 64, torch.float32)
-    write_compressed_tensors(stored_of({"up": packed}), tmp_path / "a")
-    tensors = load_file(tmp_path / "a/model.safetensors")
-    tensors.pop(f"up.{part}", None)
-    if tensor is not None:
-        tensors[f"up.{part}"] = tensor
-    config = json.loads((tmp_path / "a/config.json").read_text())
-    with pytest.raises(FormatError, match=message):
-        read_compressed_tensors(folder_of(tmp_path / "b", tensors, config))
-
-
-@pytest.mark.parametrize(
-    ("form", "more", "message"),
-    [
-        ({"num_bits": 9}, {}, "weights are 'int' of 9 bits; read are 'int' of 2..8"),
-        ({"num_bits": True}, {}, "of True bits"),
-        ({"type": "float"}, {}, "weights are 'float' of 8 bits"),
-        ({"strategy": "block"}, {}, "the strategy of weights is 'block'"),
-        ({"strategy": "group"}, {}, "group_size is None; it must be 1 or more"),
-        ({"symmetric": 1}, {}, "symmetric is neither true nor false"),
-        ({"dynamic": True}, {}, "weights are dynamic"),
-        ({}, {"format": "float-quantized"}, "in the format 'float-quantized'; those that are read"),
-        ({}, {"config_groups": []}, "config_groups are no object"),
-        ({}, {"config_groups": {"W4A16": ["Linear"]}}, "W4A16 is the name of a preset"),
-        ({}, {"config_groups": {"g": {"weights": {}}}}, "g has no targets"),
-        (
-            {},
-            {"config_groups": {"g": {"targets": ["x"], "weights": {}}}},
-            "no config group targets",
-        ),
-        ({}, {"config_groups": {"g": {"targets": ["re:("], "weights": {}}}}, "is no pattern"),
-        ({}, {"transform_config": {"config_groups": {"u": {}}}}, r"\(transform_config\)"),
-        ({}, {"kv_cache_scheme": {"num_bits": 8}}, r"\(kv_cache_scheme\)"),
-        ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "is sparse as well"),
-        ({}, {"quant_method": "gptq"}, "was quantized by 'gptq', not by 'compressed-tensors'"),
-    ],
-)
-def test_settings_that_are_not_understood_are_named(
-    form: dict[str, Any], more: dict[str, Any], message: str, tmp_path: Path
-) -> None:
-    tensors = {"up.weight": torch.ones(4, 8, dtype=torch.int8), "up.weight_scale": torch.ones(4, 1)}
-    config = settings({"strategy": "channel"} | form, **more)
-    with pytest.raises(FormatError, match=message):
-        read_compressed_tensors(folder_of(tmp_path, tensors, config))
-
-
-def test_codes_beyond_their_width_are_refused(tmp_path: Path) -> None:
-    tensors = {"up.weight": torch.full((4, 8), 8, dtype=torch.int8)}
-    tensors["up.weight_scale"] = torch.ones(4, 1)
-    config = settings({"num_bits": 4, "strategy": "channel"})
-    layer = read_compressed_tensors(folder_of(tmp_path, tensors, config)).layers["up"]
-    with pytest.raises(FormatError, match=r"up.weight holds numbers beyond the 4 bits"):
-        layer.load()
-
-
-def test_symmetric_layers_have_no_zero_points(tmp_path: Path) -> None:
-    tensors = {"up.weight": torch.ones(4, 8, dtype=torch.int8), "up.weight_scale": torch.ones(4, 1)}
-    tensors["up.weight_zero_point"] = torch.zeros(4, 1, dtype=torch.int8)
-    config = settings({"strategy": "channel"})
-    with pytest.raises(
-        FormatError, match=r"has up.weight_zero_point, and its config group is symm"
-    ):
-        read_compressed_tensors(folder_of(tmp_path, tensors, config))
-
-
-def test_files_that_are_broken_are_named(tmp_path: Path, rng: np.random.Generator) -> None:
-    with pytest.raises(FileNotFoundError, match="is no folder"):
-        read_compressed_tensors(tmp_path / "nothing")
-    layers = {"up": packed_of(rng, "w4", 8, 64, torch.float32)}
-    folder = tmp_path / "a"
-    write_compressed_tensors(stored_of(layers), folder)
-    index = {"weight_map": {"up.weight_packed": "../../x.safetensors"}}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match=re.escape("'../../x.safetensors'")):
-        read_compressed_tensors(folder)
-    (folder / "model.safetensors.index.json").unlink()
-    (folder / "config.json").unlink()
-    with pytest.raises(FormatError, match="does not say how it was quantized"):
-        read_compressed_tensors(folder)
 
 
 def test_containers_are_counted_as_the_package_does() -> None:

@@ -20,6 +20,9 @@ from quantization.formats.integers import (
     why_not,
     width_of,
 )
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 WHOLE = [
     *(f"w{bits}{span}{mode}" for bits in range(1, 9) for span in ("", "t", "g7") for mode in "sa"),
@@ -97,7 +100,7 @@ def test_group_order() -> None:
 
 def test_formats_can_be_chained(tmp_path: Path, rng: np.random.Generator) -> None:
     """From a GPTQ model to one that vLLM serves, without a float weight."""
-    from foreign_oracle import gptq_tensors, write_folder
+    from tests.formats.foreign_oracle import gptq_tensors, write_folder
 
     codes = rng.integers(0, 16, (64, 32))
     zeros = rng.integers(1, 16, (2, 32))

@@ -20,6 +20,9 @@ from quantization.formats.compressed_tensors import (
     read_compressed_tensors,
     write_compressed_tensors,
 )
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 def test_a_real_model_answers_the_same_in_transformers(tmp_path: Path) -> None:

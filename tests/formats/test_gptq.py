@@ -13,14 +13,16 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("safetensors")
 
-from foreign_oracle import gptq_tensors, numbers, write_folder
-
 from quantization import Mode, Scheme, quantize_model
 from quantization.checkpoint.disk.json_files import CheckpointError
 from quantization.checkpoint.restore import restore_model
 from quantization.checkpoint.stored_model import StoredModel
 from quantization.formats import FormatError
 from quantization.formats.gptq import read_gptq
+from tests.formats.foreign_oracle import gptq_tensors, numbers, write_folder
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 SETTINGS = {"bits": 4, "group_size": 32, "quant_method": "gptq", "checkpoint_format": "gptq"}
 

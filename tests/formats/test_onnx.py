@@ -11,12 +11,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from foreign_oracle import matmul_nbits_numbers
-
 from quantization import PackedLinearLayer, QWQALinearLayer, pack_matrix, quantize_model
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel, stored_model
 from quantization.formats import FormatError
 from quantization.formats.onnx import export_layer_onnx, matmul_nbits, write_onnx
+from tests.formats.foreign_oracle import matmul_nbits_numbers
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 EPS = 2.0**-24
 SCHEMES = [

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import pack_oracle
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tests import pack_oracle
 
 
 def case(codes: np.ndarray, packed: np.ndarray, maker: str, **layout: object) -> dict:

@@ -11,8 +11,8 @@ import pytest
 @pytest.fixture(scope="session")
 def floats(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Folders of small float models, as transformers saves them."""
-    import saved_models
-    import tiny_models
+    from tests import tiny_models
+    from tests.integrations import saved_models
 
     folders = {}
     for kind in saved_models.KINDS:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import tiny_models
 import torch
 from torch import nn
 
 from quantization.layers.quantized_module import QuantizedModule
+from tests import tiny_models
 
 KINDS = ["llama", "tied", "gpt2", "bert", "t5", "mixtral"]
 

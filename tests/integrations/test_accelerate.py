@@ -12,11 +12,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.22")
 accelerate = pytest.importorskip("accelerate")
 
-import tiny_models
 from accelerate.hooks import remove_hook_from_module
 
 import quantization.integrations.transformers as integration
 from quantization import quantize_model
+from tests import tiny_models
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 RECIPES = ["w8a16", "w4g32a", "nf4+dq"]
 

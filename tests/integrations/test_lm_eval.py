@@ -10,11 +10,14 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.22")
 pytest.importorskip("lm_eval")
 
-import tiny_models
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
 from quantization import quantize_model
+from tests import tiny_models
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 QUESTIONS = [("In the beginning", " God"), ("And the evening", " and the morning")]
 

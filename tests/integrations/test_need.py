@@ -10,6 +10,9 @@ torch = pytest.importorskip("torch")
 
 from quantization import integrations, quantize_model
 from quantization.ops.extras import need
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 @pytest.mark.parametrize(

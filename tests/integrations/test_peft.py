@@ -14,11 +14,14 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.22")
 peft = pytest.importorskip("peft")
 
-import tiny_models
 from torch import nn
 
 import quantization.integrations.peft as integration
 from quantization import PackedLinearLayer, QWQALinearLayer, dequantize_model, quantize_model
+from tests import tiny_models
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 SCHEMES = ["w8a16", "w4g32a", "w8", "nf4", "kmeans4", "w3g32+dq"]
 IDS = torch.arange(3, 19).view(2, 8)

@@ -17,12 +17,15 @@ transformers = pytest.importorskip("transformers", minversion="5.22")
 pytest.importorskip("accelerate")
 
 from safetensors.torch import load_file, save_file
-from saved_models import load
 from torch import nn
 
 import quantization.integrations.transformers as integration
 from quantization import Scheme, save_quantized
 from quantization.integrations.transformers import QuantizationConfig
+from tests.integrations.saved_models import load
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 
 def test_importing_twice_is_harmless() -> None:

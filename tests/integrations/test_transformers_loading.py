@@ -16,9 +16,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.22")
 pytest.importorskip("accelerate")
 
-import tiny_models
 from safetensors.torch import load_file, save_file
-from saved_models import EVERY_EMBEDDING, KINDS, assert_same, load, logits, quantized
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +25,18 @@ from quantization.demo.model_download import cached
 from quantization.demo.model_sources import load_model
 from quantization.integrations.transformers import QuantizationConfig
 from quantization.integrations.transformers_weights import FloatWeights
+from tests import tiny_models
+from tests.integrations.saved_models import (
+    EVERY_EMBEDDING,
+    KINDS,
+    assert_same,
+    load,
+    logits,
+    quantized,
+)
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

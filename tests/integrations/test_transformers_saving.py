@@ -12,9 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.22")
 pytest.importorskip("accelerate")
 
-import tiny_models
 from safetensors.torch import load_file
-from saved_models import EVERY_EMBEDDING, assert_same, load, logits, quantized
 from torch import nn
 from transformers import AutoModel
 
@@ -31,6 +29,11 @@ from quantization import (
     save_quantized,
 )
 from quantization.integrations.transformers import QuantizationConfig
+from tests import tiny_models
+from tests.integrations.saved_models import EVERY_EMBEDDING, assert_same, load, logits, quantized
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- what is saved -------------------------------------------------------------------------------
 

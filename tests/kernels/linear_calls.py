@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from memory import Guarded
-from oracle import STORAGE, numbers
-from quantize_calls import number_of, placed, stored
 
 from quantization import _kernels
+from tests.kernels.quantize_calls import number_of, placed, stored
+from tests.memory import Guarded
+from tests.oracle import STORAGE, numbers
 
 
 class Layer(NamedTuple):

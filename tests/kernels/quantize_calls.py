@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from memory import Guarded, at_offset, at_page_end
-from oracle import FORMATS, STORAGE, Spec, nearest, numbers
 
 from quantization import _kernels
+from tests.memory import Guarded, at_offset, at_page_end
+from tests.oracle import FORMATS, STORAGE, Spec, nearest, numbers
 
 Block = tuple[int, int]
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import codebook_oracle as oracle
 import numpy as np
 import pytest
-from memory import Guarded, at_offset, at_page_end
 
 from quantization import _kernels
+from tests import codebook_oracle as oracle
+from tests.memory import Guarded, at_offset, at_page_end
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 # ---- fit ---------------------------------------------------------------------------------------
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import linear_oracle
 import numpy as np
 import pytest
-from linear_calls import Layer, backward, bias_of, forward, random_layer, scales_of
-from oracle import SOURCES, numbers
-from quantize_calls import same, stored
 
 from quantization import _kernels
+from tests import linear_oracle
+from tests.kernels.linear_calls import Layer, backward, bias_of, forward, random_layer, scales_of
+from tests.kernels.quantize_calls import same, stored
+from tests.oracle import SOURCES, numbers
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 TYPES = list(SOURCES)
 EDGES = [(1, 1, 1), (1, 8, 64), (2, 7, 9), (3, 24, 63), (4, 3, 65), (5, 49, 31), (4, 48, 128)]

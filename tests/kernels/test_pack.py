@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
-import pack_oracle
 import pytest
-from memory import Guarded, at_page_end
 
 from quantization import _kernels
+from tests import pack_oracle
+from tests.memory import Guarded, at_page_end
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 WIDTHS = range(1, 9)
 CONTAINERS = (1, 2, 4, 8)

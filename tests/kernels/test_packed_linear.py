@@ -5,15 +5,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import linear_oracle
 import numpy as np
 import pytest
-from memory import Guarded
-from oracle import SOURCES, STORAGE, numbers
-from packed_oracle import ternary_digits, unpacked
-from quantize_calls import number_of, placed, same, stored
 
 from quantization import _kernels
+from tests import linear_oracle
+from tests.kernels.quantize_calls import number_of, placed, same, stored
+from tests.memory import Guarded
+from tests.oracle import SOURCES, STORAGE, numbers
+from tests.packed_oracle import ternary_digits, unpacked
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 TYPES = list(SOURCES)
 WIDTHS = list(range(9))  # 0: five ternary codes a byte

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 
 from quantization import _kernels
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_torch = pytest.mark.skipif(

@@ -7,6 +7,9 @@ from collections.abc import Iterator
 import pytest
 
 from quantization import _kernels
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 FLOAT32, BFLOAT16 = _kernels.FLOAT32, _kernels.BFLOAT16
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
-import quantize_calls as calls
-from oracle import FLOAT_CODES, INTEGER_CODES, SOURCES, Spec
-from quantize_calls import same, same_numbers
+
+from tests import oracle
+from tests.kernels import quantize_calls as calls
+from tests.kernels.quantize_calls import same, same_numbers
+from tests.oracle import FLOAT_CODES, INTEGER_CODES, SOURCES, Spec
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 INTEGER_SPECS = [
     Spec(),

@@ -6,14 +6,17 @@ import mmap
 import sys
 
 import numpy as np
-import oracle
 import pytest
-import quantize_calls as calls
-from oracle import FLOAT_CODES, FORMATS, SOURCES, Spec
-from quantize_calls import same, same_numbers
 
 from quantization import _kernels
 from quantization._kernels import DataError
+from tests import oracle
+from tests.kernels import quantize_calls as calls
+from tests.kernels.quantize_calls import same, same_numbers
+from tests.oracle import FLOAT_CODES, FORMATS, SOURCES, Spec
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 ROW = (1, 1 << 20)
 MAP_NORESERVE = 0x4000  # not in the mmap module of CPython 3.11

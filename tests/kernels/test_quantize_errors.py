@@ -6,11 +6,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-import quantize_calls as calls
-from memory import Guarded
-from oracle import Spec, largest, replace
 
 from quantization import _kernels
+from tests.kernels import quantize_calls as calls
+from tests.memory import Guarded
+from tests.oracle import Spec, largest, replace
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 MATRIX = np.ones((4, 6), np.float32)
 

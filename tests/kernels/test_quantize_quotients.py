@@ -4,10 +4,14 @@ out, under odd scales and zero points; in each of the ways that the kernels walk
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
-import quantize_calls as calls
-from oracle import Spec
+
+from tests import oracle
+from tests.kernels import quantize_calls as calls
+from tests.oracle import Spec
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 SIGNED = Spec(mode="asymmetric", code_min=-128)
 UNSIGNED = Spec(code="uint8", mode="asymmetric", code_min=0, code_max=255)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
-import oracle
 import pytest
-import quantize_calls as calls
-from oracle import FLOAT_CODES, SOURCES, Spec
+
+from tests import oracle
+from tests.kernels import quantize_calls as calls
+from tests.oracle import FLOAT_CODES, SOURCES, Spec
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 torch = pytest.importorskip("torch")
 

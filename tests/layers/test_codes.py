@@ -9,6 +9,9 @@ torch = pytest.importorskip("torch")
 from torch import nn
 
 from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer, Scheme
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
 
 SCHEMES = ["int8", "w4", "w3g32a", "w5g16af", "nf4", "fp4g32", "mxfp4", "kmeans3r", "binary"]
 SCHEMES += ["ternaryg32", "w4g32+dq"]

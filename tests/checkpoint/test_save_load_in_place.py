@@ -1,0 +1,135 @@
+"""A loaded model reads its file in place: mapped, shared between processes, never written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+from torch import nn
+
+from quantization import (
+    PackedLinearLayer,
+    QWQALinearLayer,
+    load_quantized,
+    save_quantized,
+)
+from quantization.checkpoint import verify_checkpoint
+from tests.checkpoint_models import (
+    files_of,
+    net,
+    quantized_net,
+    state_equal,
+)
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
+
+# ---- in place --------------------------------------------------------------------------------
+
+
+def test_tensors_are_views_of_the_mapped_file(tmp_path: Path) -> None:
+    model = quantized_net("w4g32a")
+    save_quantized(model, tmp_path / "saved")
+    again = load_quantized(tmp_path / "saved", net())
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("needs /proc")
+    places = [line.split()[0] for line in maps.read_text().splitlines() if "saved/model" in line]
+    spans = [tuple(int(part, 16) for part in place.split("-")) for place in places]
+    for key, tensor in again.state_dict().items():
+        assert any(low <= tensor.data_ptr() < high for low, high in spans), key
+
+
+def test_writing_to_a_loaded_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
+    save_quantized(quantized_net("w4g32a"), tmp_path / "saved")
+    before = files_of(tmp_path / "saved")
+    again = load_quantized(tmp_path / "saved", net())
+    with torch.no_grad():
+        for tensor in again.state_dict().values():
+            tensor.zero_()
+    assert files_of(tmp_path / "saved") == before
+    verify_checkpoint(tmp_path / "saved")
+
+
+def test_saving_over_the_folder_that_is_mapped(tmp_path: Path) -> None:
+    model = quantized_net("w4g32a")
+    save_quantized(model, tmp_path / "saved")
+    again = load_quantized(tmp_path / "saved", net())
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        save_quantized(again, tmp_path / "saved")
+    save_quantized(again, tmp_path / "saved", overwrite=True)
+    assert state_equal(again, model)
+    assert state_equal(load_quantized(tmp_path / "saved", net()), model)
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+RESIDENT = """
+import sys, time, torch
+from quantization import load_quantized
+from torch import nn
+def resident():
+    fields = dict(line.split(":") for line in open("/proc/self/status") if ":" in line)
+    return int(fields["VmRSS"].split()[0]) * 1024
+folder, layers = sys.argv[1], int(sys.argv[2])
+with torch.device("meta"):
+    small = nn.Sequential(nn.Linear(64, 64))
+    model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(layers)))
+load_quantized(sys.argv[3], small)  # what is imported on first use
+before, start = resident(), time.perf_counter()
+load_quantized(folder, model)
+took = time.perf_counter() - start
+print(took, resident() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_loading_takes_what_headers_take(tmp_path: Path) -> None:
+    layers = 16
+    big = nn.Sequential(*(PackedLinearLayer(4096, 4096, False, "w8", device="meta")
+                          for _ in range(layers)))  # fmt: skip
+    big = big.to_empty(device="cpu")
+    save_quantized(big, tmp_path / "big")
+    small = nn.Sequential(PackedLinearLayer(64, 64, True, "w8"))
+    save_quantized(small, tmp_path / "small")
+    arguments = [str(tmp_path / "big"), str(layers), str(tmp_path / "small")]
+    run = subprocess.run(
+        [sys.executable, "-c", RESIDENT, *arguments], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    seconds, grown = map(float, run.stdout.split())
+    assert grown < 50e6 < layers * 4096 * 4096, f"{grown:.0f} bytes became resident"
+    assert seconds < 5, "a bound for a busy machine; benchmarks have the figure"
+
+
+SHARED = """
+import sys, torch
+from quantization import QWQALinearLayer, load_quantized
+layer = load_quantized(sys.argv[1], torch.nn.Linear(2048, 2048))
+layer(torch.ones(1, 2048))
+sums, inside = {}, False
+for line in open("/proc/self/smaps"):
+    if "-" in line.split()[0]:
+        inside = "big/model.safetensors" in line
+    elif inside and line.split()[-1] == "kB":
+        name, size = line.split()[:2]
+        sums[name] = sums.get(name, 0) + int(size)
+print(sums["Shared_Clean:"], sums["Private_Dirty:"])
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
+def test_processes_share_the_pages(tmp_path: Path) -> None:
+    save_quantized(QWQALinearLayer(2048, 2048), tmp_path / "big")
+    mine = load_quantized(tmp_path / "big", nn.Linear(2048, 2048))
+    mine(torch.ones(1, 2048))
+    run = subprocess.run(
+        [sys.executable, "-c", SHARED, str(tmp_path / "big")],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    shared, dirty = map(int, run.stdout.split())
+    assert shared >= 2048 * 2048 // 1024 and dirty == 0
