@@ -324,11 +324,6 @@ def test_file_names_are_unique_in_the_c_tree() -> None:
     assert len(names) == len(set(names))
 
 
-def test_test_files_have_names_of_their_own() -> None:
-    names = [path.name for path in (ROOT / "tests").rglob("test_*.py")]
-    assert len(names) == len(set(names)), "pytest imports test files by their bare names"
-
-
 def test_an_isa_is_announced_in_one_row_and_one_file() -> None:
     rows = re.findall(r"^QK_ISA\((\w+),", (CSRC / "kernels/isa_list.def").read_text(), re.MULTILINE)
     assert rows[-1] == "reference"

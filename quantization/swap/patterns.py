@@ -31,6 +31,7 @@ def match_patterns(sites: list[Site], patterns: Pattern | Iterable[Pattern]) -> 
         ValueError: for a pattern that matches no module of the model, with the nearest names.
 
     Example:
+        >>> from quantization.swap.walker import walk
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
         >>> sorted(match_patterns(list(walk(model)), "1").values())
         ["'1'", "'1'"]
@@ -51,6 +52,7 @@ def matching(sites: list[Site], pattern: Pattern) -> list[int]:
         ValueError: for a pattern that matches no module of the model, with the nearest names.
 
     Example:
+        >>> from quantization.swap.walker import walk
         >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2)))
         >>> len(matching(list(walk(model)), nn.Linear))
         2
