@@ -1,6 +1,6 @@
 """What the torch operators ask of their tensors, on whatever device; fake ones will do.
 
-The C kernels check the same in csrc/torch_ops.c and csrc/torch_packed.c.
+The C kernels check the same in csrc/torch/torch_ops.c and csrc/torch/torch_packed.c.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 /* AVX-512 with bfloat16 dot products and byte permutations (Zen 4, Sapphire Rapids and later): the
  * linear kernel of bfloat16 activations; all else is AVX-512's. */
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 
@@ -8,8 +8,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "inline.h"
-#include "packed.h"
+#include "kernels/inline.h"
+#include "kernels/packed/packed.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                      \
@@ -21,48 +21,48 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma,f16c,bmi2")
 #endif
 
-#include "linear_avx512.inc"
-#include "linear_rows.inc"
-#include "linear_int8.inc"
+#include "kernels/linear/avx512.inc"
+#include "kernels/linear/common.inc"
+#include "kernels/linear/int8_rows.inc"
 #define QUADS_VBMI
-#include "quads_avx512.inc"
-#include "linear_quads.inc"
-#include "linear_quads_rows.inc"
-#include "linear_pairs.inc"
-#include "linear_avx512bf16.inc"
-#include "linear_twins.inc"
+#include "kernels/packed/avx512.inc"
+#include "kernels/packed/weights.inc"
+#include "kernels/packed/rows.inc"
+#include "kernels/linear/bf16_dot.inc"
+#include "kernels/linear/bf16_dot_avx512bf16.inc"
+#include "kernels/packed/bf16_dot_avx512bf16.inc"
 
 #define T float
 
 INT8_FORM(pairs)
 #define FORM pairs
-#include "linear_tile.inc"
+#include "kernels/linear/tile.inc"
 #define FORM    pairs
 #define X       bfloat16
 #define X_BYTES 2
-#include "linear_dot.inc"
+#include "kernels/linear/forward.inc"
 
 #define FORM quads
-#include "linear_tile.inc"
+#include "kernels/linear/tile.inc"
 #define FORM    quads
 #define X       float32
 #define X_BYTES 4
-#include "linear_dot.inc"
+#include "kernels/linear/forward.inc"
 #define FORM    quads
 #define X       float16
 #define X_BYTES 2
-#include "linear_dot.inc"
+#include "kernels/linear/forward.inc"
 #define FORM    quads
 #define X       bfloat16
 #define X_BYTES 2
-#include "linear_dot.inc"
+#include "kernels/linear/forward.inc"
 
 #define FORM twins
-#include "linear_tile.inc"
+#include "kernels/linear/tile.inc"
 #define FORM    twins
 #define X       bfloat16
 #define X_BYTES 2
-#include "linear_dot.inc"
+#include "kernels/linear/forward.inc"
 
 /* The kernel of the rows below, for activations that this one would take for zeros. */
 static void (*linear_exact)(void *y, const void *x, const qk_linear_strip *strip);

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../qk.h"
+#include "qk.h"
 
 enum {
     QK_FLOATS = 4,     /* float32, float64, float16, bfloat16: sources, activations, outputs */
@@ -162,7 +162,7 @@ typedef struct qk_kernels {
 } qk_kernels;
 
 #define QK_ISA(name, runs) void qk_use_##name(qk_kernels *table);
-#include "isa_list.def"
+#include "kernels/isa_list.def"
 #undef QK_ISA
 
 #endif

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #if defined(__aarch64__) || defined(_M_ARM64)
 
@@ -6,22 +6,23 @@
 #include <math.h>
 #include <string.h>
 
-#include "inline.h"
-#include "packed.h"
+#include "kernels/inline.h"
+#include "kernels/packed/packed.h"
 
-#include "quantize_neon.inc"
-#include "quantize.inc"
+#include "kernels/quantize/neon.inc"
+#include "kernels/quantize/quantize.inc"
 
-#include "pack_neon.inc"
-#include "pack.inc"
+#include "kernels/pack/neon.inc"
+#include "kernels/pack/pack.inc"
 
-#include "linear_neon.inc"
-#include "linear_rows.inc"
-#include "linear_int8.inc"
-#include "quads_neon.inc"
-#include "linear_quads.inc"
-#include "linear_quads_rows.inc"
-#include "linear.inc"
+#include "kernels/linear/neon.inc"
+#include "kernels/linear/common.inc"
+#include "kernels/linear/int8_rows.inc"
+#include "kernels/packed/neon.inc"
+#include "kernels/packed/weights.inc"
+#include "kernels/packed/rows.inc"
+#include "kernels/packed/decode.inc"
+#include "kernels/linear/linear.inc"
 
 void qk_use_neon(qk_kernels *table)
 {
