@@ -18,7 +18,7 @@ typedef struct linear_job {
     const char *in;
     size_t out_row_bytes, in_row_bytes;
     size_t features;      /* columns of out */
-    size_t pack_tokens;   /* of the kernel */
+    size_t panel_tokens;  /* of the kernel */
     size_t scratch_bytes; /* of a chunk */
     atomic_int failed;    /* no memory for scratch */
     qk_linear_plan plan;
@@ -38,7 +38,7 @@ static void run_with_scratch(const linear_job *job, size_t first, size_t last, v
         if (piece.tokens > plan->chunk)
             piece.tokens = plan->chunk;
         qk_linear_strip range = {&piece, strip * plan->strip, (strip + count) * plan->strip,
-                                 scratch, plan->is_packed};
+                                 scratch, plan->uses_weight_panels};
         if (range.last > job->features)
             range.last = job->features;
         job->kernel(job->out + token * job->out_row_bytes, job->in + token * job->in_row_bytes,
@@ -73,7 +73,7 @@ static qk_status run(linear_job *job, size_t depth, size_t (*scratch_bytes)(cons
 {
     if (job->linear->tokens == 0 || job->features == 0)
         return QK_OK;
-    job->plan = qk_plan_linear(job->linear->tokens, job->features, depth, job->pack_tokens);
+    job->plan = qk_plan_linear(job->linear->tokens, job->features, depth, job->panel_tokens);
     qk_linear chunk = *job->linear;
     if (chunk.tokens > job->plan.chunk)
         chunk.tokens = job->plan.chunk;
@@ -145,10 +145,10 @@ static int overlaps_weights(const void *out, size_t bytes, const qk_linear *l)
            qk_overlap(out, bytes, l->scales, l->out_features * qk_dtype_bytes(l->scales_dtype));
 }
 
-static size_t pack_tokens(const qk_kernels *kernels, const qk_linear *linear)
+static size_t panel_tokens(const qk_kernels *kernels, const qk_linear *linear)
 {
-    return linear->packed ? kernels->linear_packed_tokens[linear->x_dtype]
-                          : kernels->linear_pack_tokens[linear->x_dtype];
+    return linear->packed ? kernels->linear_packed_panel_tokens[linear->x_dtype]
+                          : kernels->linear_panel_tokens[linear->x_dtype];
 }
 
 qk_status qk_linear_forward(void *y, const void *x, const qk_linear *linear)
@@ -168,7 +168,7 @@ qk_status qk_linear_forward(void *y, const void *x, const qk_linear *linear)
         .linear = linear,
         .kernel = linear->packed ? kernels->linear_packed[linear->x_dtype]
                                  : kernels->linear[linear->x_dtype],
-        .pack_tokens = pack_tokens(kernels, linear),
+        .panel_tokens = panel_tokens(kernels, linear),
         .out = y,
         .in = x,
         .out_row_bytes = linear->out_features * qk_dtype_bytes(linear->y_dtype),
@@ -188,7 +188,7 @@ qk_status qk_choose_linear(qk_linear_choice *choice, const qk_linear *linear)
         QK_REQUIRE(status == QK_OK, status);
     }
     qk_linear_plan plan = qk_plan_linear(linear->tokens, linear->out_features, linear->in_features,
-                                         pack_tokens(kernels, linear));
+                                         panel_tokens(kernels, linear));
     size_t threads = qk_ceil_div(plan.strips * plan.chunks, plan.grain);
     *choice = (qk_linear_choice){.isa = qk_active_isa()};
     qk_linear chunk = *linear;
@@ -196,9 +196,9 @@ qk_status qk_choose_linear(qk_linear_choice *choice, const qk_linear *linear)
         chunk.tokens = plan.chunk;
     choice->chunk = chunk.tokens;
     choice->threads = threads < qk_get_threads() ? threads : qk_get_threads();
-    choice->is_packed =
+    choice->uses_weight_panels =
         (linear->packed ? kernels->linear_packed_tile : kernels->linear_tile)[linear->x_dtype](
-            &chunk, plan.is_packed, &choice->tile_tokens, &choice->tile_features);
+            &chunk, plan.uses_weight_panels, &choice->tile_tokens, &choice->tile_features);
     return QK_OK;
 }
 

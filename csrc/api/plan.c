@@ -21,13 +21,13 @@ static size_t choose_chunk(size_t tokens)
     return ceil_div(even, GROUP) * GROUP;
 }
 
-qk_linear_plan qk_plan_linear(size_t tokens, size_t features, size_t depth, size_t pack_tokens)
+qk_linear_plan qk_plan_linear(size_t tokens, size_t features, size_t depth, size_t panel_tokens)
 {
     qk_linear_plan plan = {.strip = STRIP, .chunk = choose_chunk(tokens)};
     plan.strips = ceil_div(features, plan.strip);
     plan.chunks = ceil_div(tokens, plan.chunk);
     size_t rows = tokens < plan.chunk ? tokens : plan.chunk;
-    plan.is_packed = pack_tokens && rows >= pack_tokens;
+    plan.uses_weight_panels = panel_tokens && rows >= panel_tokens;
     double piece_ns = 1e-3 * STRIP * (double)(depth + 1) * (WEIGHT_PS + PRODUCT_PS * (double)rows);
     plan.grain = (size_t)(THREAD_NS / piece_ns) + 1;
     return plan;

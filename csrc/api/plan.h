@@ -12,11 +12,11 @@ typedef struct qk_linear_plan {
     size_t strips; /* pieces across the features */
     size_t chunks; /* pieces across the tokens */
     size_t grain;  /* pieces that are worth a thread's while */
-    int is_packed; /* whether the weights of a tile are converted once for all tokens of a piece */
+    int uses_weight_panels; /* the weights of a tile are converted once for all tokens of a piece */
 } qk_linear_plan;
 
 /* The plan for `tokens` rows of `features` sums, each over `depth` products; all at least 1
- * but `depth`. From `pack_tokens` tokens on it pays to pack weights; 0: never. */
-qk_linear_plan qk_plan_linear(size_t tokens, size_t features, size_t depth, size_t pack_tokens);
+ * but `depth`. From `panel_tokens` tokens on weight panels pay; 0: never. */
+qk_linear_plan qk_plan_linear(size_t tokens, size_t features, size_t depth, size_t panel_tokens);
 
 #endif

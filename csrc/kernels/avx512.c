@@ -18,29 +18,38 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2")
 #endif
 
+/* quantize: ranges of numbers, numbers to codes and back */
 #include "kernels/quantize/avx512.inc"
 #include "kernels/quantize/quantize.inc"
 
+/* pack: codes into containers and back */
 #include "kernels/pack/avx512.inc"
 #include "kernels/pack/pack.inc"
 
+/* linear: int8 codes */
 #include "kernels/linear/avx512.inc"
 #include "kernels/linear/common.inc"
 #include "kernels/linear/int8_rows.inc"
+#include "kernels/linear/bf16_dot.inc"
+#include "kernels/linear/bf16_dot_avx512.inc"
+#define HAS_BF16_DOT
+
+/* packed: codes of 1 to 8 bits */
 #include "kernels/packed/avx512.inc"
 #include "kernels/packed/weights.inc"
 #include "kernels/packed/rows.inc"
 #include "kernels/packed/decode.inc"
-#include "kernels/linear/bf16_dot.inc"
-#include "kernels/linear/bf16_dot_avx512.inc"
-#define HAS_PAIRS
+
+/* both: y, and the gradient of x */
 #include "kernels/linear/linear.inc"
+#include "kernels/packed/packed.inc"
 
 void qk_use_avx512(qk_kernels *table)
 {
     qk_use_quantize(table);
     qk_use_pack(table);
     qk_use_linear(table);
+    qk_use_packed(table);
 }
 
 #if defined(__clang__)

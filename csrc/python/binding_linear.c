@@ -79,5 +79,5 @@ PyObject *qk_py_choose_linear(PyObject *module, PyObject *args)
     if (status != QK_OK)
         return qk_raise_status(status, 0);
     return Py_BuildValue("(snnnnN)", choice.isa, choice.tile_tokens, choice.tile_features,
-                         choice.chunk, choice.threads, PyBool_FromLong(choice.is_packed));
+                         choice.chunk, choice.threads, PyBool_FromLong(choice.uses_weight_panels));
 }

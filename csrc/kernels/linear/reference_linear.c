@@ -45,9 +45,9 @@ DEFINE_LINEAR(double)
 DEFINE_LINEAR_BACKWARD(float)
 DEFINE_LINEAR_BACKWARD(double)
 
-static int one_sum(const qk_linear *linear, int is_packed, size_t *rows, size_t *cols)
+static int one_sum(const qk_linear *linear, int uses_weight_panels, size_t *rows, size_t *cols)
 {
-    (void)linear, (void)is_packed;
+    (void)linear, (void)uses_weight_panels;
     *rows = *cols = 1;
     return 0;
 }

@@ -27,10 +27,10 @@
     {                                                                                              \
         const qk_linear *l = strip->linear;                                                        \
         type *sums = strip->scratch;                                                               \
-        float weights[QK_BACKWARD_WIDE];                                                           \
-        for (size_t k = strip->first; k < strip->last; k += QK_BACKWARD_WIDE) {                    \
+        float weights[QK_BACKWARD_COLS];                                                           \
+        for (size_t k = strip->first; k < strip->last; k += QK_BACKWARD_COLS) {                    \
             size_t width = strip->last - k;                                                        \
-            width = width < QK_BACKWARD_WIDE ? width : QK_BACKWARD_WIDE;                           \
+            width = width < QK_BACKWARD_COLS ? width : QK_BACKWARD_COLS;                           \
             for (size_t i = 0; i < l->tokens * width; i++)                                         \
                 sums[i] = 0;                                                                       \
             for (size_t n = 0; n < l->out_features; n++) {                                         \
@@ -53,9 +53,9 @@ DEFINE_LINEAR(double)
 DEFINE_LINEAR_BACKWARD(float)
 DEFINE_LINEAR_BACKWARD(double)
 
-static int one_sum(const qk_linear *linear, int is_packed, size_t *rows, size_t *cols)
+static int one_sum(const qk_linear *linear, int uses_weight_panels, size_t *rows, size_t *cols)
 {
-    (void)linear, (void)is_packed;
+    (void)linear, (void)uses_weight_panels;
     *rows = *cols = 1;
     return 0;
 }
