@@ -28,8 +28,7 @@ KERNEL_SYSTEM = {"immintrin.h", "arm_neon.h", "string.h", "math.h", "stddef.h", 
 KERNEL_SYSTEM |= {"float.h", "limits.h", "assert.h"}
 
 # What the C files of a folder, or one file and its header, may include, as written below csrc.
-KERNEL_HEADERS = ("kernels/kernels.h", "kernels/scalar.h", "kernels/inline.h")
-KERNEL_HEADERS += ("kernels/reference.h",)
+KERNEL_HEADERS = ("kernels/kernels.h", "kernels/scalar.h", "kernels/reference.h")
 C_ARROWS = {
     ".": (),
     "api": ("qk.h", "api/*.h", "kernels/scalar.h"),

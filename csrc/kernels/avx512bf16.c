@@ -42,17 +42,15 @@
 INT8_FORM(bf16_dot)
 #define FORM bf16_dot
 #include "kernels/linear/tile.inc"
-#define FORM    bf16_dot
-#define X       bfloat16
-#define X_BYTES 2
+#define X bfloat16
 #include "kernels/linear/forward.inc"
+#undef FORM
 
 #define FORM packed_bf16_dot
 #include "kernels/linear/tile.inc"
-#define FORM    packed_bf16_dot
-#define X       bfloat16
-#define X_BYTES 2
+#define X bfloat16
 #include "kernels/linear/forward.inc"
+#undef FORM
 #undef T
 
 /* The kernel of the rows below, for activations that the dot product would take for zeros. */
