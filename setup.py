@@ -42,7 +42,7 @@ setup(
             "quantization._kernels",
             sources=SOURCES,
             depends=HEADERS,
-            include_dirs=[numpy.get_include()],
+            include_dirs=["csrc", numpy.get_include()],
             define_macros=MACROS,
             extra_compile_args=FLAGS + extra,
             extra_link_args=LINK_FLAGS + [flag for flag in extra if flag.startswith("-fsanitize")],

@@ -200,9 +200,10 @@ qk_status qk_linear_forward(void *y, const void *x, const qk_linear *linear);
 typedef struct qk_linear_choice {
     const char *isa;
     size_t tile_tokens, tile_features; /* sums that are kept in registers at a time */
-    int is_packed;  /* weights are converted once for all tokens of a chunk, else in each tile */
-    size_t chunk;   /* tokens that read the weights together */
-    size_t threads; /* at most */
+    int uses_weight_panels; /* weights are converted once for all tokens of a chunk, else in tiles
+                             */
+    size_t chunk;           /* tokens that read the weights together */
+    size_t threads;         /* at most */
 } qk_linear_choice;
 qk_status qk_choose_linear(qk_linear_choice *choice, const qk_linear *linear);
 

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 
@@ -6,8 +6,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "inline.h"
-#include "packed.h"
+#include "kernels/inline.h"
+#include "kernels/packed/packed.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
@@ -16,25 +16,35 @@
 #pragma GCC target("avx2,fma,f16c,bmi2")
 #endif
 
-#include "quantize_avx2.inc"
-#include "quantize.inc"
+/* quantize: ranges of numbers, numbers to codes and back */
+#include "kernels/quantize/avx2.inc"
+#include "kernels/quantize/quantize.inc"
 
-#include "pack_avx2.inc"
-#include "pack.inc"
+/* pack: codes into containers and back */
+#include "kernels/pack/avx2.inc"
+#include "kernels/pack/pack.inc"
 
-#include "linear_avx2.inc"
-#include "linear_rows.inc"
-#include "linear_int8.inc"
-#include "quads_avx2.inc"
-#include "linear_quads.inc"
-#include "linear_quads_rows.inc"
-#include "linear.inc"
+/* linear: int8 codes */
+#include "kernels/linear/avx2.inc"
+#include "kernels/linear/common.inc"
+#include "kernels/linear/int8_rows.inc"
+
+/* packed: codes of 1 to 8 bits */
+#include "kernels/packed/avx2.inc"
+#include "kernels/packed/weights.inc"
+#include "kernels/packed/rows.inc"
+#include "kernels/packed/decode.inc"
+
+/* both: y, and the gradient of x */
+#include "kernels/linear/linear.inc"
+#include "kernels/packed/packed.inc"
 
 void qk_use_avx2(qk_kernels *table)
 {
     qk_use_quantize(table);
     qk_use_pack(table);
     qk_use_linear(table);
+    qk_use_packed(table);
 }
 
 #if defined(__clang__)

@@ -1,4 +1,4 @@
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 
@@ -6,8 +6,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "inline.h"
-#include "packed.h"
+#include "kernels/inline.h"
+#include "kernels/packed/packed.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                      \
@@ -18,28 +18,38 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c,bmi2")
 #endif
 
-#include "quantize_avx512.inc"
-#include "quantize.inc"
+/* quantize: ranges of numbers, numbers to codes and back */
+#include "kernels/quantize/avx512.inc"
+#include "kernels/quantize/quantize.inc"
 
-#include "pack_avx512.inc"
-#include "pack.inc"
+/* pack: codes into containers and back */
+#include "kernels/pack/avx512.inc"
+#include "kernels/pack/pack.inc"
 
-#include "linear_avx512.inc"
-#include "linear_rows.inc"
-#include "linear_int8.inc"
-#include "quads_avx512.inc"
-#include "linear_quads.inc"
-#include "linear_quads_rows.inc"
-#include "linear_pairs.inc"
-#include "linear_pairs_avx512.inc"
-#define HAS_PAIRS
-#include "linear.inc"
+/* linear: int8 codes */
+#include "kernels/linear/avx512.inc"
+#include "kernels/linear/common.inc"
+#include "kernels/linear/int8_rows.inc"
+#include "kernels/linear/bf16_dot.inc"
+#include "kernels/linear/bf16_dot_avx512.inc"
+#define HAS_BF16_DOT
+
+/* packed: codes of 1 to 8 bits */
+#include "kernels/packed/avx512.inc"
+#include "kernels/packed/weights.inc"
+#include "kernels/packed/rows.inc"
+#include "kernels/packed/decode.inc"
+
+/* both: y, and the gradient of x */
+#include "kernels/linear/linear.inc"
+#include "kernels/packed/packed.inc"
 
 void qk_use_avx512(qk_kernels *table)
 {
     qk_use_quantize(table);
     qk_use_pack(table);
     qk_use_linear(table);
+    qk_use_packed(table);
 }
 
 #if defined(__clang__)

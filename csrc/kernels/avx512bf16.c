@@ -1,6 +1,6 @@
 /* AVX-512 with bfloat16 dot products and byte permutations (Zen 4, Sapphire Rapids and later): the
- * linear kernel of bfloat16 activations; all else is AVX-512's. */
-#include "kernels.h"
+ * linear kernel of bfloat16 activations, and that of packed weights; all else is AVX-512's. */
+#include "kernels/kernels.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 
@@ -8,8 +8,8 @@
 #include <math.h>
 #include <string.h>
 
-#include "inline.h"
-#include "packed.h"
+#include "kernels/inline.h"
+#include "kernels/packed/packed.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(                                                                      \
@@ -21,51 +21,40 @@
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512bf16,avx2,fma,f16c,bmi2")
 #endif
 
-#include "linear_avx512.inc"
-#include "linear_rows.inc"
-#include "linear_int8.inc"
-#define QUADS_VBMI
-#include "quads_avx512.inc"
-#include "linear_quads.inc"
-#include "linear_quads_rows.inc"
-#include "linear_pairs.inc"
-#include "linear_avx512bf16.inc"
-#include "linear_twins.inc"
+/* linear: int8 codes */
+#include "kernels/linear/avx512.inc"
+#include "kernels/linear/common.inc"
+#include "kernels/linear/int8_rows.inc"
+#include "kernels/linear/bf16_dot.inc"
+#include "kernels/linear/bf16_dot_avx512bf16.inc"
+
+/* packed: codes of 1 to 8 bits */
+#define HAS_VBMI
+#include "kernels/packed/avx512.inc"
+#include "kernels/packed/weights.inc"
+#include "kernels/packed/rows.inc"
+#include "kernels/packed/bf16_dot_avx512bf16.inc"
+
+/* both: y */
+#include "kernels/packed/packed.inc"
 
 #define T float
+INT8_FORM(bf16_dot)
+#define FORM bf16_dot
+#include "kernels/linear/tile.inc"
+#define X bfloat16
+#include "kernels/linear/forward.inc"
+#undef FORM
 
-INT8_FORM(pairs)
-#define FORM pairs
-#include "linear_tile.inc"
-#define FORM    pairs
-#define X       bfloat16
-#define X_BYTES 2
-#include "linear_dot.inc"
+#define FORM packed_bf16_dot
+#include "kernels/linear/tile.inc"
+#define X bfloat16
+#include "kernels/linear/forward.inc"
+#undef FORM
+#undef T
 
-#define FORM quads
-#include "linear_tile.inc"
-#define FORM    quads
-#define X       float32
-#define X_BYTES 4
-#include "linear_dot.inc"
-#define FORM    quads
-#define X       float16
-#define X_BYTES 2
-#include "linear_dot.inc"
-#define FORM    quads
-#define X       bfloat16
-#define X_BYTES 2
-#include "linear_dot.inc"
-
-#define FORM twins
-#include "linear_tile.inc"
-#define FORM    twins
-#define X       bfloat16
-#define X_BYTES 2
-#include "linear_dot.inc"
-
-/* The kernel of the rows below, for activations that this one would take for zeros. */
-static void (*linear_exact)(void *y, const void *x, const qk_linear_strip *strip);
+/* The kernel of the rows below, for activations that the dot product would take for zeros. */
+static void (*exact_forward)(void *y, const void *x, const qk_linear_strip *strip);
 
 /* Whether one of the activations is not 0 and below 2^-119. */
 static int has_tiny(const char *x, size_t count)
@@ -80,48 +69,46 @@ static int has_tiny(const char *x, size_t count)
     return tiny != 0;
 }
 
-static void linear_dot_products(void *y, const void *x, const qk_linear_strip *strip)
+static void linear_bfloat16(void *y, const void *x, const qk_linear_strip *strip)
 {
     if (has_tiny(x, strip->linear->tokens * strip->linear->in_features))
-        linear_exact(y, x, strip);
+        exact_forward(y, x, strip);
     else
-        pairs_linear_bfloat16(y, x, strip);
+        bf16_dot_forward_bfloat16(y, x, strip);
 }
 
 /* Numbers that are not looked up in a table cost more in bfloat16 than the products gain, but where
  * many tokens share them. */
-static int uses_twins(const qk_linear *l)
+static int uses_bf16_dot(const qk_linear *l)
 {
-    return twins_has(twins_kind(l)) || l->tokens >= TWINS_FROM;
+    return packed_bf16_dot_has_tiles(packed_bf16_dot_kind(l)) ||
+           l->tokens >= PACKED_BF16_DOT_FROM_TOKENS;
 }
 
-static void linear_packed(void *y, const void *x, const qk_linear_strip *strip)
+static void linear_packed_bfloat16(void *y, const void *x, const qk_linear_strip *strip)
 {
-    if (uses_twins(strip->linear))
-        twins_linear_bfloat16(y, x, strip);
+    if (uses_bf16_dot(strip->linear))
+        packed_bf16_dot_forward_bfloat16(y, x, strip);
     else
-        quads_linear_bfloat16(y, x, strip);
+        packed_forward_bfloat16(y, x, strip);
 }
 
-static int packed_tile(const qk_linear *l, int is_packed, size_t *rows, size_t *cols)
+static int linear_packed_tile_bfloat16(const qk_linear *l, int is_asked, size_t *rows, size_t *cols)
 {
-    return uses_twins(l) ? twins_tile_shape_bfloat16(l, is_packed, rows, cols)
-                         : quads_tile_shape_bfloat16(l, is_packed, rows, cols);
+    return uses_bf16_dot(l) ? packed_bf16_dot_tile_shape_bfloat16(l, is_asked, rows, cols)
+                            : packed_tile_shape_bfloat16(l, is_asked, rows, cols);
 }
 
 void qk_use_avx512bf16(qk_kernels *table)
 {
-    linear_exact = table->linear[QK_BFLOAT16];
-    table->linear[QK_BFLOAT16] = linear_dot_products;
-    table->linear_tile[QK_BFLOAT16] = pairs_tile_shape_bfloat16;
-    table->linear_pack_tokens[QK_BFLOAT16] = 19;
-    table->linear_packed[QK_FLOAT32] = quads_linear_float32;
-    table->linear_packed[QK_FLOAT16] = quads_linear_float16;
-    table->linear_packed_tile[QK_FLOAT32] = quads_tile_shape_float32;
-    table->linear_packed_tile[QK_FLOAT16] = quads_tile_shape_float16;
-    table->linear_packed[QK_BFLOAT16] = linear_packed;
-    table->linear_packed_tile[QK_BFLOAT16] = packed_tile;
-    table->linear_packed_tokens[QK_BFLOAT16] = TWINS_PACK_TOKENS;
+    exact_forward = table->linear[QK_BFLOAT16];
+    table->linear[QK_BFLOAT16] = linear_bfloat16;
+    table->linear_tile[QK_BFLOAT16] = bf16_dot_tile_shape_bfloat16;
+    table->linear_panel_tokens[QK_BFLOAT16] = 19;
+    qk_use_packed(table);
+    table->linear_packed[QK_BFLOAT16] = linear_packed_bfloat16;
+    table->linear_packed_tile[QK_BFLOAT16] = linear_packed_tile_bfloat16;
+    table->linear_packed_panel_tokens[QK_BFLOAT16] = PACKED_BF16_DOT_PANEL_TOKENS;
 }
 
 #if defined(__clang__)

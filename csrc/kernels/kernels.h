@@ -1,7 +1,7 @@
 /* The table of kernels: one slot each, its contract above the slot.
  *
  * Kernels are total over their contract, allocate nothing, know no threads and take any
- * address. They run on the caller's rows; api.c cuts the work into rows and columns.
+ * address. They run on the caller's rows; api/ cuts the work into rows and columns.
  * "Compute type": double where the source (or output) is float64, float otherwise. */
 #ifndef QK_KERNELS_H
 #define QK_KERNELS_H
@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../qk.h"
+#include "qk.h"
 
 enum {
     QK_FLOATS = 4,     /* float32, float64, float16, bfloat16: sources, activations, outputs */
@@ -21,13 +21,14 @@ typedef struct qk_linear_strip {
     const qk_linear *linear;
     size_t first, last;
     void *scratch; /* qk_linear_scratch_bytes or that of backward, aligned to QK_SCRATCH_ALIGN */
-    int is_packed; /* forward only: whether to pack weights, where the kernel can */
+    int uses_weight_panels; /* forward only: whether to make panels of weights, where the kernel can
+                             */
 } qk_linear_strip;
 
 enum {
     QK_SCRATCH_ALIGN = 64,
-    QK_LINEAR_STEP = 64, /* a packed row is padded to a multiple of so many numbers, */
-    QK_LINEAR_TILE = 8,  /* so many rows of weights are packed beside those of all tokens, */
+    QK_LINEAR_STEP = 64, /* a row of a panel is padded to a multiple of so many numbers, */
+    QK_LINEAR_TILE = 8,  /* so many rows of weights lie in a panel beside those of all tokens, */
     QK_LINEAR_SUMS = 56, /* and so many sums are kept for each token, at most */
 };
 
@@ -44,8 +45,8 @@ static inline size_t qk_groups(const qk_packed *packed, size_t in_features)
     return in_features / packed->group + (in_features % packed->group != 0);
 }
 
-/* Numbers for the scales of one row of packed weights, however they are spread. */
-static inline size_t qk_packed_span(const qk_linear *linear)
+/* Numbers for the scales of one row of packed weights: one a group, 4 codes or code. */
+static inline size_t qk_scale_row_length(const qk_linear *linear)
 {
     size_t depth = (linear->in_features / QK_LINEAR_STEP + 1) * QK_LINEAR_STEP;
     return (linear->packed->group % 4 ? depth : depth / 4) + QK_LINEAR_STEP;
@@ -57,11 +58,11 @@ static inline size_t qk_packed_scratch_bytes(const qk_linear *linear)
 {
     if (!linear->packed)
         return 0;
-    size_t floats = (2 * QK_LINEAR_TILE + 2) * qk_packed_span(linear) + QK_LINEAR_TILE * 256;
+    size_t floats = (2 * QK_LINEAR_TILE + 2) * qk_scale_row_length(linear) + QK_LINEAR_TILE * 256;
     return floats * sizeof(float) + QK_LINEAR_TILE * (linear->in_features / 4 + 16);
 }
 
-/* Memory for a strip of that call: packed activations and weights, and sums. */
+/* Memory for a strip of that call: panels of activations and weights, and sums. */
 static inline size_t qk_linear_scratch_bytes(const qk_linear *linear)
 {
     size_t number = linear->x_dtype == QK_FLOAT64 ? sizeof(double) : sizeof(float);
@@ -71,17 +72,17 @@ static inline size_t qk_linear_scratch_bytes(const qk_linear *linear)
 }
 
 enum {
-    QK_BACKWARD_WIDE = 192, /* input features that are summed at once, */
-    QK_BACKWARD_DEEP = 64,  /* and rows of packed weights that are converted at once */
+    QK_BACKWARD_COLS = 192, /* input features that are summed at once, */
+    QK_DECODED_ROWS = 64,   /* and rows of packed weights that are converted at once */
 };
 
 /* The same for a backward strip: factors of all tokens, sums, and converted weights. */
 static inline size_t qk_backward_scratch_bytes(const qk_linear *linear)
 {
     size_t number = linear->y_dtype == QK_FLOAT64 ? sizeof(double) : sizeof(float);
-    size_t bytes = linear->tokens * (linear->out_features + QK_BACKWARD_WIDE) * number;
+    size_t bytes = linear->tokens * (linear->out_features + QK_BACKWARD_COLS) * number;
     if (linear->packed)
-        bytes += QK_BACKWARD_DEEP * (QK_BACKWARD_WIDE + QK_LINEAR_STEP) * sizeof(float);
+        bytes += QK_DECODED_ROWS * (QK_BACKWARD_COLS + QK_LINEAR_STEP) * sizeof(float);
     return bytes + qk_packed_scratch_bytes(linear);
 }
 
@@ -140,12 +141,12 @@ typedef struct qk_kernels {
      * in the strip. Indexed by x dtype. Any number of tokens gives a row the same bits. */
     void (*linear[QK_FLOATS])(void *y, const void *x, const qk_linear_strip *strip);
 
-    /* The register tile of a call whose weights are asked to be packed or not; whether they are. */
-    int (*linear_tile[QK_FLOATS])(const qk_linear *linear, int is_packed, size_t *rows,
+    /* The register tile of a call that is asked to use weight panels or not; whether it does. */
+    int (*linear_tile[QK_FLOATS])(const qk_linear *linear, int uses_weight_panels, size_t *rows,
                                   size_t *cols);
 
-    /* From how many tokens on it pays that the kernel packs weights; 0: never. */
-    size_t linear_pack_tokens[QK_FLOATS];
+    /* From how many tokens on weight panels pay; 0: never. */
+    size_t linear_panel_tokens[QK_FLOATS];
 
     /* grad_x[tokens][first..last) of qk_linear_backward: a strip of *input* features here,
      * summed over all output features in index order. Indexed by grad_y dtype. */
@@ -154,15 +155,15 @@ typedef struct qk_kernels {
 
     /* The same four for packed weights (linear->packed of qk.h). */
     void (*linear_packed[QK_FLOATS])(void *y, const void *x, const qk_linear_strip *strip);
-    int (*linear_packed_tile[QK_FLOATS])(const qk_linear *linear, int is_packed, size_t *rows,
-                                         size_t *cols);
-    size_t linear_packed_tokens[QK_FLOATS];
+    int (*linear_packed_tile[QK_FLOATS])(const qk_linear *linear, int uses_weight_panels,
+                                         size_t *rows, size_t *cols);
+    size_t linear_packed_panel_tokens[QK_FLOATS];
     void (*linear_packed_backward[QK_FLOATS])(void *grad_x, const void *grad_y,
                                               const qk_linear_strip *strip);
 } qk_kernels;
 
 #define QK_ISA(name, runs) void qk_use_##name(qk_kernels *table);
-#include "isa_list.def"
+#include "kernels/isa_list.def"
 #undef QK_ISA
 
 #endif

@@ -1,4 +1,4 @@
-#include "reference.h"
+#include "kernels/reference.h"
 
 void qk_use_reference(qk_kernels *table)
 {

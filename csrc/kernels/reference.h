@@ -3,7 +3,7 @@
 #ifndef QK_REFERENCE_H
 #define QK_REFERENCE_H
 
-#include "kernels.h"
+#include "kernels/kernels.h"
 
 void qk_define_quantize(qk_kernels *table); /* range, magnitude, encode, decode */
 void qk_define_pack(qk_kernels *table);     /* pack_*, unpack_* */

@@ -8,7 +8,7 @@
 #include <stdint.h>
 #include <string.h>
 
-#include "../qk.h"
+#include "qk.h"
 
 static inline uint32_t qk_bits_of(float value)
 {

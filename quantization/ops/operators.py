@@ -125,7 +125,7 @@ _INT8 = "Tensor weights, Tensor scales"
 _PACKED = f"{_INT8}, Tensor scale_steps, Tensor zero_points, Tensor codebook"
 _NUMBERS = "int bits, int group, int present"
 
-#: The operators of ``torch.ops.quantization``. C registers the same (csrc, torch_ops.c).
+#: The operators of ``torch.ops.quantization``. C registers the same (csrc/torch/torch_ops.c).
 OPERATORS = (
     Operator("linear", f"Tensor x, {_INT8}, ScalarType dtype"),
     Operator("linear_bias", f"Tensor x, {_INT8}, Tensor bias, ScalarType dtype"),

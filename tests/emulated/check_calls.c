@@ -1,7 +1,7 @@
 #include <math.h>
 
 #include "harness.h"
-#include "../../csrc/kernels/scalar.h"
+#include "kernels/scalar.h"
 
 /* The public calls of qk.h: an ISA on any number of threads answers as the reference does on one
  * (linear: as the same ISA does on one). */

@@ -121,7 +121,7 @@ void expect_scratch(void)
 static void run_forward(const qk_kernels *kernels, void *y, const void *x, qk_linear_strip *strip)
 {
     place_scratch(strip, qk_linear_scratch_bytes(strip->linear));
-    strip->is_packed = (int)random_below(2);
+    strip->uses_weight_panels = (int)random_below(2);
     kernels->linear[strip->linear->x_dtype](y, x, strip);
     expect_guards(&scratch_region);
 }

@@ -3,7 +3,7 @@
 #define QK_CHECK_LINEAR_H
 
 #include "harness.h"
-#include "../../csrc/kernels/scalar.h"
+#include "kernels/scalar.h"
 
 typedef struct sizes {
     size_t tokens, out_features, in_features;

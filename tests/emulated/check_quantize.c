@@ -2,7 +2,7 @@
 #include <math.h>
 
 #include "harness.h"
-#include "../../csrc/kernels/scalar.h"
+#include "kernels/scalar.h"
 
 enum { REPEATS = 2 };
 

@@ -8,7 +8,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "../../csrc/kernels/scalar.h"
+#include "kernels/scalar.h"
 
 enum { PAGE = 1 << 16, FILL = 0xA5, MARGIN = 128, SHOWN = 10 };
 

@@ -9,7 +9,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-#include "../../csrc/kernels/kernels.h"
+#include "kernels/kernels.h"
 
 /* ---- numbers that are the same on every machine -------------------------- */
 

@@ -6,7 +6,7 @@
 #include <stdio.h>
 #include <string.h>
 
-#include "../../csrc/dispatch.h"
+#include "api/dispatch.h"
 #include "harness.h"
 
 static int report(const char *name)

@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 FLAGS = ["-std=c11", "-D_GNU_SOURCE", "-O3", "-ffp-contract=off", "-pthread"]
-FLAGS += ["-Wall", "-Wextra", "-Wstrict-prototypes", "-Werror"]
+FLAGS += ["-Wall", "-Wextra", "-Wstrict-prototypes", "-Werror", "-I", str(ROOT / "csrc")]
 NOISE = re.compile(r"^qemu-\w+: warning: TCG doesn't support.*\n", re.MULTILINE)
 SIMDE = "/usr/include/simde/x86/avx512.h"
 
@@ -143,11 +143,11 @@ def build(target: Target, folder: Path) -> Path:
     program = folder / "-".join([target.machine, kind, *target.flags]).replace(",", "-")
     if program.exists():
         return program
-    skipped = ("binding", "torch_ops") + (("avx512",) if target.simde else ())
     sources = [
         str(path)
-        for path in sorted([*HERE.glob("*.c"), *ROOT.glob("csrc/**/*.c")])
-        if not path.stem.startswith(skipped)
+        for path in sorted([*HERE.glob("*.c"), *ROOT.glob("csrc/*/**/*.c")])
+        if path.parent.name not in {"python", "torch"}
+        and not (target.simde and path.stem.startswith("avx512"))
     ]
     if target.simde:
         sources += map(str, _compile_with_simde(target, folder))
