@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks stay in the source tree", allow_module_level=True)
 
+from benchmarks import __main__ as command_line
 from benchmarks import summary, tables
 from benchmarks.bench_packed import INT8, MAIN, WIDTHS
 from benchmarks.bench_packed_model import SCHEMES
@@ -344,23 +345,26 @@ def test_smoke_prints_and_writes_tables(smoke: dict) -> None:
         assert smoke["files"]["png"].read_bytes().startswith(b"\x89PNG")
 
 
-def test_an_earlier_run_is_told_again(smoke: dict) -> None:
+def test_an_earlier_run_is_told_again(smoke: dict, capsys: pytest.CaptureFixture) -> None:
     results = Results.from_dict(smoke["entry"])
     assert [row.to_dict() for row in results.rows if not row.timing] == [
         row for row in smoke["entry"]["rows"] if "median" not in row
     ]
     medians = [row.median for row in results.rows if row.timing]
     assert medians == [row["median"] for row in smoke["entry"]["rows"] if "median" in row]
-    done = run("--read", str(smoke["files"]["json"]))
-    assert done.returncode == 0, done.stderr
-    assert "| dtype | threads | shape | tokens 1 | tokens 5 |" in done.stdout
-    assert "## Every cell" not in done.stdout
+    assert command_line.main(["--read", str(smoke["files"]["json"])]) == 0
+    told = capsys.readouterr().out
+    assert "| dtype | threads | shape | tokens 1 | tokens 5 |" in told
+    assert "## Every cell" not in told
 
 
 @pytest.mark.parametrize(
     "arguments", [("--only", "nothing"), ("--isa", "z80"), ("--threads", "0"), ("--shape", "12")]
 )
-def test_wrong_arguments_are_told(arguments: tuple[str, str]) -> None:
-    done = run("--smoke", *arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert arguments[0] in done.stderr and "Traceback" not in done.stderr
+def test_wrong_arguments_are_told(
+    arguments: tuple[str, str], capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        command_line.main(["--smoke", *arguments])
+    assert stopped.value.code == 2
+    assert arguments[0] in capsys.readouterr().err

@@ -205,7 +205,7 @@ def test_torchrun_shares_the_files_out(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-@pytest.mark.parametrize("scheme", ["w4g64a", "nf4", "w8"])
+@pytest.mark.parametrize("scheme", ["w4g64a", "nf4", pytest.param("w8", marks=pytest.mark.deep)])
 def test_memory_is_that_of_the_largest_tensor(scheme: str, tmp_path: Path) -> None:
     largest = 128 << 20
     weight = torch.randn(8192, 4096)

@@ -176,14 +176,15 @@ print(killed, resumed, equal)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="kills forked children")
+@pytest.mark.parametrize("times", [4, pytest.param(16, marks=pytest.mark.deep)])
 def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
-    tmp_path: Path, record_property
+    times: int, tmp_path: Path, record_property
 ) -> None:
-    times = os.environ.get("QUANTIZATION_KILLS", "10")  # 50 take a minute
+    times = int(os.environ.get("QUANTIZATION_KILLS", times))  # 50 take a minute
     source = float_folder(tmp_path / "float", shards=2, size=192, layers=12)
     (tmp_path / "place").mkdir()
     run = subprocess.run(
-        [sys.executable, "-c", KILLER, str(source), str(tmp_path / "place"), times],
+        [sys.executable, "-c", KILLER, str(source), str(tmp_path / "place"), str(times)],
         capture_output=True,
         text=True,
         check=False,
@@ -191,5 +192,5 @@ def test_killed_at_random_moments_it_resumes_to_the_same_bytes(
     assert run.returncode == 0, run.stderr
     killed, resumed, equal = map(int, run.stdout.split())
     record_property("killed", f"killed {killed}, unfinished {resumed}, equal {equal}")
-    assert killed == equal == int(times)
+    assert killed == equal == times
     assert resumed >= killed // 3, "many left something to go on with"

@@ -45,7 +45,9 @@ def test_bare_command_holds_to_its_end() -> None:
     assert "24,960 of 200,000 bytes are read" in done.stdout
 
 
-@pytest.mark.parametrize("isa", quantization.isas())
+@pytest.mark.parametrize(
+    "isa", [pytest.param(isa, marks=pytest.mark.deep) for isa in quantization.isas()]
+)
 def test_every_instruction_set_passes(isa: str) -> None:
     done = run("--json", *SHORT, QUANTIZATION_ISA=isa)
     assert done.returncode == 0, done.stderr
