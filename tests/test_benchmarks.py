@@ -19,8 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if not (ROOT / "benchmarks").is_dir():
     pytest.skip("the benchmarks stay in the source tree", allow_module_level=True)
 
-from benchmarks import __main__ as command_line
-from benchmarks import summary, tables
+from benchmarks import __main__ as command_line, summary, tables
 from benchmarks.bench_packed import INT8, MAIN, WIDTHS
 from benchmarks.bench_packed_model import SCHEMES
 from benchmarks.formulas import (

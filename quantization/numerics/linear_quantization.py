@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 
-from quantization.numerics.granularity import PER_COLUMNS, PER_ROWS, Granularity
+from quantization.numerics.granularity import PER_ROWS, Granularity
 from quantization.numerics.parameters import Mode, QuantizationParameters, check_granularity
 from quantization.numerics.rules import (
     check_fit,
@@ -40,11 +40,6 @@ from quantization.ops.dtypes import DType, dtype_of, source_of
 from quantization.ops.native import DataError, Rule, Tensor, TensorT, check_tensor
 
 __all__ = [
-    "PER_COLUMNS",
-    "PER_ROWS",
-    "Granularity",
-    "Mode",
-    "QuantizationParameters",
     "dequantize_linear",
     "get_info",
     "get_scale_and_zero_for",

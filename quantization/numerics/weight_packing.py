@@ -30,13 +30,11 @@ from quantization.numerics.packing import (
     CONTAINERS,
     LARGEST_TERNARY_BYTE,
     Packing,
-    bit_shifts,
     bits_for,
     checked_dim,
     checked_layout,
     extremes,
     get_dtype_size_in_bits,
-    get_max_bits_needed,
     integer_name,
     integers_of,
 )
@@ -44,14 +42,7 @@ from quantization.ops import native
 from quantization.ops.dtypes import index_of, name_of
 from quantization.ops.native import Tensor, TensorT
 
-__all__ = [
-    "Packing",
-    "bit_shifts",
-    "get_dtype_size_in_bits",
-    "get_max_bits_needed",
-    "pack_weights",
-    "unpack_weights",
-]
+__all__ = ["pack_weights", "unpack_weights"]
 
 #: Calls that look at the input first: they raise, or return False, where they are not satisfied.
 EnsureMethods = Iterable[Callable[[Tensor], Any]]

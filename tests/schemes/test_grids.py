@@ -11,8 +11,7 @@ import pytest
 from quantization import Granularity, Mode, Scheme, pack_matrix
 from quantization.schemes.codebooks import E2M1, FP4, NF4
 from tests.codebook_oracle import least_error_of_many, squared_error
-from tests.oracle import Spec, nearest, scale_and_zero
-from tests.oracle import numbers as decoded
+from tests.oracle import Spec, nearest, numbers as decoded, scale_and_zero
 from tests.packed_calls import ALL, DTYPES, check_decoding, matrix, same
 from tests.packed_oracle import array_of, numbers, read
 from tests.unittest_bridge import pytest_cases

@@ -1,0 +1,67 @@
+"""The public names and where they come from: read by type checkers, and by the package itself."""
+
+from quantization.checkpoint import (
+    load_quantized as load_quantized,
+    quantize_checkpoint as quantize_checkpoint,
+    save_quantized as save_quantized,
+)
+from quantization.layers.packed_embedding import PackedEmbedding as PackedEmbedding
+from quantization.layers.packed_layer import PackedLinearLayer as PackedLinearLayer
+from quantization.linear_layer import (
+    QWQALinearLayer as QWQALinearLayer,
+    name_for_quantized_weight_buffer as name_for_quantized_weight_buffer,
+)
+from quantization.linear_quantizer import (
+    PER_COLUMNS as PER_COLUMNS,
+    PER_ROWS as PER_ROWS,
+    Granularity as Granularity,
+    Mode as Mode,
+    QuantizationParameters as QuantizationParameters,
+    dequantize_linear as dequantize_linear,
+    get_info as get_info,
+    get_scale_and_zero_for as get_scale_and_zero_for,
+    group as group,
+    per_dim_scale_and_zero_for as per_dim_scale_and_zero_for,
+    quantize_linear as quantize_linear,
+)
+from quantization.models.quantizer import (
+    dequantize_model as dequantize_model,
+    quantize_model as quantize_model,
+)
+from quantization.ops.linear import quantized_forward as quantized_forward
+from quantization.ops.runtime import (
+    active_isa as active_isa,
+    get_num_threads as get_num_threads,
+    isas as isas,
+    set_isa as set_isa,
+    set_num_threads as set_num_threads,
+)
+from quantization.schemes.kernel_choice import (
+    LinearKernel as LinearKernel,
+    linear_kernel as linear_kernel,
+)
+from quantization.schemes.packed_weights import (
+    PackedWeights as PackedWeights,
+    pack_matrix as pack_matrix,
+)
+from quantization.schemes.scheme import Scheme as Scheme
+from quantization.swap.experts import (
+    UnfusedExperts as UnfusedExperts,
+    unfuse_experts as unfuse_experts,
+)
+from quantization.swap.replacement import (
+    ReplacementReport as ReplacementReport,
+    Target as Target,
+    replace_linear_layers_with_w8a16 as replace_linear_layers_with_w8a16,
+    target_class_from as target_class_from,
+)
+from quantization.weight_pack import (
+    Packing as Packing,
+    bit_shifts as bit_shifts,
+    get_dtype_size_in_bits as get_dtype_size_in_bits,
+    get_max_bits_needed as get_max_bits_needed,
+    pack_weights as pack_weights,
+    unpack_weights as unpack_weights,
+)
+
+__version__: str
