@@ -75,7 +75,7 @@ for granularity in (Granularity.PerTensor, Granularity.PerDimension(), Granulari
         restored = dequantize_linear(q, params)
         assert restored.dtype == x.dtype
         assert np.abs(restored - x).max() <= params.scale.max() * 0.5001
-groups, ungroup = group(x, 7)
+groups, ungroup = group(x, 6)
 assert np.array_equal(ungroup(groups), x)
 for scheme in ("w8", "w4g7a", "nf4", "mxfp4", "kmeans3r", "ternary", "w4g16af+dq"):
     packed = pack_matrix(x, scheme)
