@@ -18,6 +18,7 @@ class SuiteLog:
         checks: every check with its outcome.
 
     Example:
+        >>> import sys
         >>> log = SuiteLog(sys.stdout)
         >>> log.at_most("memory share", 0.26, 0.27)
           ok    memory share: 0.26 (at most 0.27)
@@ -62,7 +63,8 @@ class SuiteLog:
         """Print columns.
 
         Example:
-            >>> SuiteLog(sys.stdout).table(["codes", "row"], [["int8", "1 %"]])
+            >>> import sys
+        >>> SuiteLog(sys.stdout).table(["codes", "row"], [["int8", "1 %"]])
               codes  row
               int8   1 %
         """
