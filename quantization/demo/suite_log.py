@@ -64,7 +64,7 @@ class SuiteLog:
 
         Example:
             >>> import sys
-        >>> SuiteLog(sys.stdout).table(["codes", "row"], [["int8", "1 %"]])
+            >>> SuiteLog(sys.stdout).table(["codes", "row"], [["int8", "1 %"]])
               codes  row
               int8   1 %
         """
