@@ -22,6 +22,7 @@ PACKAGE = ROOT / "quantization"
 
 C_FILES = sorted(path for path in CSRC.rglob("*") if path.suffix in {".c", ".h", ".inc"})
 PY_FILES = sorted(PACKAGE.rglob("*.py"))
+TEST_FILES = sorted((ROOT / "tests").rglob("*.py"))
 BENCH_FILES = sorted(
     path for path in (ROOT / "benchmarks").iterdir() if path.suffix in {".py", ".c"}
 )
@@ -302,9 +303,10 @@ def test_a_circle_and_a_crowd_are_found(tmp_path: Path) -> None:
     assert len(crowd(tmp_path)) > MOST_FILES
 
 
-@pytest.mark.parametrize(
-    "path", C_FILES + PY_FILES + BENCH_FILES, ids=ids(C_FILES + PY_FILES + BENCH_FILES)
-)
+ALL_FILES = C_FILES + PY_FILES + BENCH_FILES + TEST_FILES
+
+
+@pytest.mark.parametrize("path", ALL_FILES, ids=ids(ALL_FILES))
 def test_files_can_be_read_in_one_sitting(path: Path) -> None:
     lines = len(path.read_text().splitlines())
     assert lines <= 400, f"{path.name} has {lines} lines: split it by responsibility"
