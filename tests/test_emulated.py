@@ -66,6 +66,11 @@ def outcome(folder: Path) -> Callable[[str], targets.Result]:
     return run
 
 
+#: A harness is a build of all kernels, and repeats at length what `tests/kernels` shows.
+HARNESS = pytest.mark.deep
+
+
+@HARNESS
 @pytest.mark.parametrize("name", list(BY_NAME))
 def test_every_kernel_agrees_with_the_reference(
     name: str, outcome: Callable[[str], targets.Result], record_property: Callable[..., None]
@@ -80,6 +85,7 @@ def test_every_kernel_agrees_with_the_reference(
     assert tuple(result.cases)[: len(expected)] == expected
 
 
+@HARNESS
 @pytest.mark.parametrize("name", [name for name in BY_NAME if name != "native"])
 def test_the_reference_gives_the_same_bytes_everywhere(
     name: str, outcome: Callable[[str], targets.Result]
@@ -87,6 +93,7 @@ def test_the_reference_gives_the_same_bytes_everywhere(
     assert outcome(name).digest == outcome("native").digest
 
 
+@HARNESS
 def test_the_harness_sees_a_broken_kernel(folder: Path) -> None:
     reason = targets.missing(BY_NAME["native"])
     if reason:
