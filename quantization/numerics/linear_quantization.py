@@ -353,4 +353,4 @@ def _parameters(
     dtype = tensor.dtype
     if isinstance(dtype, np.dtype) and not dtype.isnative:
         dtype = dtype.newbyteorder("=")
-    return QuantizationParameters(scale, zero.reshape(shape), mode, granularity, dtype=dtype)
+    return QuantizationParameters.of_checked(scale, zero.reshape(shape), mode, granularity, dtype)
