@@ -38,7 +38,7 @@ def progress(label: str, unit: str = "it") -> Iterator[Progress]:
     if tqdm is None or not sys.stderr.isatty():
         yield _tenths(label)
         return
-    with tqdm(unit=unit, unit_scale=True, desc=label, leave=False) as bar:
+    with tqdm(unit=unit, unit_scale=True, desc=label) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
