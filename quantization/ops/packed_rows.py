@@ -63,6 +63,22 @@ def decode_rows(
     return values * _full_scales(scales, scale_steps).index_select(1, place)
 
 
+@torch.fx.wrap
+def round_once(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers as that type; one beyond its largest becomes that one, not infinity, NaN stays.
+
+    Args:
+        numbers: given up: a product that was just made, of float32 or the type itself.
+        dtype: of the result.
+
+    Example:
+        >>> round_once(torch.tensor([1.0, -7e4, torch.nan]), torch.float16)
+        tensor([     1., -65504.,     nan], dtype=torch.float16)
+    """
+    largest = min(torch.finfo(dtype).max, torch.finfo(numbers.dtype).max)
+    return numbers.clamp_(-largest, largest).to(dtype)
+
+
 def _unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Codes, int32 ``[rows, count]``, of dense or base-3 bytes."""
     place = torch.arange(count, device=packed.device)
