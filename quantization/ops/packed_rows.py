@@ -68,7 +68,7 @@ def round_once(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Numbers as that type; one beyond its largest becomes that one, not infinity, NaN stays.
 
     Args:
-        numbers: given up: a product that was just made, of float32 or the type itself.
+        numbers: floats of float32, or of the type itself.
         dtype: of the result.
 
     Example:
@@ -76,7 +76,7 @@ def round_once(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         tensor([     1., -65504.,     nan], dtype=torch.float16)
     """
     largest = min(torch.finfo(dtype).max, torch.finfo(numbers.dtype).max)
-    return numbers.clamp_(-largest, largest).to(dtype)
+    return numbers.clamp(-largest, largest).to(dtype)
 
 
 def _unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
