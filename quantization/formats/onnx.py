@@ -127,8 +127,8 @@ def _why_not(scheme: Scheme, cols: int) -> str | None:
     if has_float_zeros and width_of(scheme, WIDTHS) == 8:
         return (
             f"its codes of {scheme.bits} bits become codes of 8, with which ONNX Runtime takes no "
-            "float zero points; quantize with whole ones (zero_point='integer', a name that ends in "
-            "'a', not 'af'), or in 4 bits or fewer"
+            "float zero points; quantize with whole ones (zero_point='integer', a name that ends "
+            "in 'a', not 'af'), or in 4 bits or fewer"
         )
     if reason is None and _block(scheme, cols) < LEAST_BLOCK:
         return (

@@ -132,7 +132,7 @@ def test_float_zero_points_are_written_just_where_the_runtime_takes_them(
     if bits > 4:
         with pytest.raises(FormatError, match="no float zero points"):
             export_layer_onnx(layer, tmp_path / "a.onnx")
-        with pytest.raises(FormatError, match=r"cannot hold the model \(w.g32af\): .* no float zero"):
+        with pytest.raises(FormatError, match=r"hold the model \(w.g32af\): .* no float zero"):
             write_onnx(stored_model(layer), tmp_path / "a")
         assert not list(tmp_path.iterdir())
         return
