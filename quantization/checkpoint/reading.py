@@ -68,6 +68,7 @@ def read_checkpoint(folder: str | os.PathLike[str], *, verify: bool = False) -> 
         document.ties,
         read_json(config) if config.is_file() else None,
         tuple(sorted(path for path in folder.iterdir() if path.is_file() and path.name not in own)),
+        _inner(folder, document),
     )
 
 
@@ -228,6 +229,21 @@ class _Reader:
                     f"scheme {layer.scheme} needs {dtype} {shape}"
                 )
         return replace(layer, load=partial(_packed, layer, found))
+
+
+def _inner(folder: Path, document: Document) -> dict[str, Path]:
+    """The recorded files of sub-folders that are there."""
+    found = {}
+    for name in document.others or {}:
+        try:
+            path = below(folder, name)
+        except FileNotFoundError:
+            continue  # verify_checkpoint says so
+        except ValueError as error:
+            raise CheckpointError(f"{folder / FILE}: {error}") from None
+        if "/" in name:
+            found[name] = path
+    return found
 
 
 def _packed(layer: StoredLayer, found: Mapping[str, StoredTensor]) -> PackedWeights:

@@ -204,3 +204,6 @@ def write_beside(folder: Path, stored: StoredModel, records: Mapping[str, FileRe
         (folder / CONFIG).write_text(json.dumps(stored.config, indent=2) + "\n")
     for asset in stored.assets:
         shutil.copyfile(asset, folder / asset.name)
+    for name, path in stored.inner.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)
