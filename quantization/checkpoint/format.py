@@ -12,6 +12,12 @@ Version 1. A folder holds safetensors files, of the names that transformers give
     layers            {dotted name: {"kind", "shape", "dtype", "scheme", "name", ...}}
     tensors           {key: {"sha256": of its bytes}}
     ties              {key of a state dict: the key whose tensor it shares}
+    other_files       {file: {"bytes": size, "sha256": of it}}: all else that was written with
+                      them; "/" parts the name of a file from that of its sub-folder
+    sha256            of this very object without this field, as JSON with sorted keys, no blanks
+                      and ASCII alone; :func:`sealed` adds it
+
+The last two came later: documents without them are read, and less of their folders is verified.
 
 Keys of tensors are those of the model's state dict. Every tensor stands once; a tied one under its
 first key.
@@ -19,6 +25,7 @@ first key.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping
@@ -39,8 +46,10 @@ __all__ = [
     "VERSION",
     "Document",
     "FileRecord",
+    "OtherFile",
     "packed_of",
     "parts_of",
+    "sealed",
     "tensors_of",
 ]
 
@@ -50,6 +59,8 @@ VERSION = 1
 _FORMAT = "quantization-checkpoint"
 _FEATURES: frozenset[str] = frozenset()
 _CONV1D = "nf"  # field of a layer: outputs of the Conv1D of transformers that it came from
+_LAYER = {"kind", "name", "shape", "dtype", "scheme", "group", _CONV1D, "padding_idx"}  # its fields
+_SEAL = "sha256"
 _HASH = re.compile("[0-9a-f]{64}")
 
 HOW_TO_READ = (
@@ -102,6 +113,14 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class OtherFile:
+    """What is known of a file without tensors of layers: its bytes and their hash."""
+
+    nbytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Document:
     """The content of ``quantization.json``.
 
@@ -109,11 +128,16 @@ class Document:
         files: records of the safetensors files by name.
         layers: layers by dotted name; their weights are read by nobody yet (``load`` raises).
         ties: as in :class:`quantization.checkpoint.stored_model.StoredModel`.
+        others: records of all other files by name; None in a document that was written before there
+            were any.
+        is_sealed: whether the document had its own hash, which is then the right one.
     """
 
     files: Mapping[str, FileRecord]
     layers: Mapping[str, StoredLayer]
     ties: Mapping[str, str] = field(default_factory=dict)
+    others: Mapping[str, OtherFile] | None = None
+    is_sealed: bool = True
 
     def to_json(self) -> str:
         """The text of the file."""
@@ -135,17 +159,28 @@ class Document:
                 for key, sha256 in record.sha256.items()
             },
         }
-        return json.dumps(plain, indent=1) + "\n"
+        if self.others is not None:
+            plain["other_files"] = {
+                name: {"bytes": other.nbytes, "sha256": other.sha256}
+                for name, other in self.others.items()
+            }
+        return json.dumps(sealed(plain), indent=1) + "\n"
 
     @classmethod
     def from_json(cls, text: bytes, what: str = FILE) -> Document:
         """The document of that text.
 
         Raises:
-            CheckpointError: if it is none, of a later version, or of features unknown here.
+            CheckpointError: if it is none, of a later version, of features unknown here, or is not
+                as it was written.
         """
         plain = parse_json(text, what)
         _check_version(plain, what)
+        if _SEAL in plain and plain[_SEAL] != sealed(plain)[_SEAL]:
+            raise CheckpointError(
+                f"{what} was changed after it was written (its sha256 is another): take the file "
+                "as it was written, or write the folder anew"
+            )
         for name in ("files", "layers", "ties", "tensors"):
             if not isinstance(plain.get(name), dict):
                 raise CheckpointError(f"{what} has no {name!r}, or one that is no object")
@@ -153,7 +188,20 @@ class Document:
         ties = plain["ties"]
         if not all(isinstance(key, str) for key in ties.values()):
             raise CheckpointError(f"{what}: ties are between keys")
-        return cls(_files_from(plain, what), layers, ties)
+        others = _others_from(plain, what)
+        return cls(_files_from(plain, what), layers, ties, others, _SEAL in plain)
+
+
+def sealed(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """The plain values of a document with their hash.
+
+    Example:
+        >>> sealed({"format_version": 1})["sha256"][:8]
+        'd88bf399'
+    """
+    content = {name: value for name, value in plain.items() if name != _SEAL}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return content | {_SEAL: hashlib.sha256(text.encode()).hexdigest()}
 
 
 def _check_version(plain: Mapping[str, Any], what: str) -> None:
@@ -185,6 +233,22 @@ def _files_from(plain: Mapping[str, Any], what: str) -> dict[str, FileRecord]:
         record = dict(entry) if isinstance(entry, dict) else {}
         files[name] = FileRecord.from_dict(record | {"sha256": hashes[name]}, f"{what}: {name}")
     return files
+
+
+def _others_from(plain: Mapping[str, Any], what: str) -> dict[str, OtherFile] | None:
+    entries = plain.get("other_files")
+    if entries is None:
+        return None
+    if not isinstance(entries, dict):
+        raise CheckpointError(f"{what} has other_files that are no object")
+    others = {}
+    for name, entry in entries.items():
+        match entry:
+            case {"bytes": int(nbytes), "sha256": str(sha256)} if _is_hash(sha256):
+                others[name] = OtherFile(nbytes, sha256)
+            case _:
+                raise CheckpointError(f"{what}: {name} is no record of a file")
+    return others
 
 
 def _is_hash(value: Any) -> bool:
@@ -220,6 +284,7 @@ def _layer_from(name: str, plain: Any, what: str) -> StoredLayer:
                 f"{what}: layer {name!r} needs a kind out of {', '.join(KINDS)}, a shape, a dtype "
                 "and a scheme"
             )
+    _check_fields(name, plain, what)
     more = {key: plain[key] for key in (_CONV1D, "padding_idx") if key in plain}
     if not all(value is None or type(value) is int for value in more.values()):
         raise CheckpointError(f"{what}: layer {name!r} has {more}; expected numbers")
@@ -235,6 +300,16 @@ def _layer_from(name: str, plain: Any, what: str) -> StoredLayer:
     if more.pop(_CONV1D, None) is not None:
         more["was_conv1d"] = True
     return StoredLayer(kind, scheme, (rows, cols), dtype, _unread, more)
+
+
+def _check_fields(name: str, plain: Mapping[str, Any], what: str) -> None:
+    unknown = sorted(plain.keys() - _LAYER)
+    if unknown:
+        raise CheckpointError(
+            f"{what}: layer {name!r} has the unknown field {unknown[0]!r}; known are "
+            f"{', '.join(sorted(_LAYER))}: install a later version of this package, or write the "
+            "folder anew"
+        )
 
 
 def _unread() -> PackedWeights:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from quantization.checkpoint.disk.files import member
+from quantization.checkpoint.disk.files import below, digest_of, member, names_below
 from quantization.checkpoint.disk.json_files import CheckpointError, read_json
 from quantization.checkpoint.disk.safetensors_files import INDEX, TensorFile
 from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
@@ -50,6 +51,7 @@ def read_checkpoint(folder: str | os.PathLike[str], *, verify: bool = False) -> 
     folder, document, files = _open(folder)
     if verify:
         _verify_hashes(document, files)
+        _verify_others(folder, document)
     reader = _Reader(folder, document, files)
     layers = {name: reader.layer(name, layer) for name, layer in document.layers.items()}
     used = {key_of(name, "weight") for name in document.layers}  # placeholders
@@ -66,18 +68,25 @@ def read_checkpoint(folder: str | os.PathLike[str], *, verify: bool = False) -> 
         document.ties,
         read_json(config) if config.is_file() else None,
         tuple(sorted(path for path in folder.iterdir() if path.is_file() and path.name not in own)),
+        _inner(folder, document),
     )
 
 
 def verify_checkpoint(folder: str | os.PathLike[str]) -> int:
-    """Check a folder to the last byte: all that reading checks, and the hash of every tensor.
+    """Check a folder to the last byte: all that reading checks, and the hash of all that is there.
+
+    Of every tensor, of every other file (config, index, tokenizer), and of the document itself.
+    A warning names what cannot be checked: files that came later, and all but the tensors of a
+    folder that was written before other files were recorded. A folder whose ``config.json`` or
+    tokenizer was saved anew, by transformers say, is no longer the one that was written:
+    :func:`load_quantized` and transformers load it, and this function names the file.
 
     Returns:
         How many bytes of tensors were checked.
 
     Raises:
         FileNotFoundError, CheckpointError: as for :func:`load_quantized`; a wrong hash names its
-            tensor and file.
+            tensor and file, or its file.
 
     Example:
         >>> import tempfile
@@ -149,6 +158,35 @@ def _verify_hashes(document: Document, files: Mapping[str, TensorFile]) -> None:
         check_hashes(file, document.files[name])
 
 
+def _verify_others(folder: Path, document: Document) -> None:
+    """Raise for a file without tensors that is gone or changed; warn of what was not recorded."""
+    recorded = document.others or {}
+    for name, record in recorded.items():
+        try:
+            path = below(folder, name)
+        except FileNotFoundError:
+            raise CheckpointError(
+                f"{folder} lacks {name}, which was written with it: take it from where the folder "
+                "came from, or write the folder anew"
+            ) from None
+        except ValueError as error:
+            raise CheckpointError(f"{folder / FILE}: {error}") from None
+        if digest_of(path) != (record.nbytes, record.sha256):
+            raise CheckpointError(
+                f"{path} has other bytes than were written (its sha256 differs): take the file "
+                "from where the folder came from, or write the folder anew if that was on purpose"
+            )
+    unknown = sorted(names_below(folder) - {*recorded, *document.files, FILE})
+    if not document.is_sealed or document.others is None:
+        unknown.insert(0, FILE)
+    if unknown:
+        warnings.warn(
+            f"{folder}: the tensors are checked; {FILE} has no hash to check of: "
+            f"{', '.join(unknown)}. Where that is too little, write the folder anew",
+            stacklevel=4,
+        )
+
+
 class _Reader:
     """Tensors of a folder by their keys; tied keys give one tensor."""
 
@@ -191,6 +229,21 @@ class _Reader:
                     f"scheme {layer.scheme} needs {dtype} {shape}"
                 )
         return replace(layer, load=partial(_packed, layer, found))
+
+
+def _inner(folder: Path, document: Document) -> dict[str, Path]:
+    """The recorded files of sub-folders that are there."""
+    found = {}
+    for name in document.others or {}:
+        try:
+            path = below(folder, name)
+        except FileNotFoundError:
+            continue  # verify_checkpoint says so
+        except ValueError as error:
+            raise CheckpointError(f"{folder / FILE}: {error}") from None
+        if "/" in name:
+            found[name] = path
+    return found
 
 
 def _packed(layer: StoredLayer, found: Mapping[str, StoredTensor]) -> PackedWeights:

@@ -89,7 +89,8 @@ def load_quantized(
         model: what to put the tensors in, float or quantized, of any dtype, also on meta: it is
             changed in place, as :func:`quantization.checkpoint.restore.restore_model` says. None:
             the class that ``config.json`` names is built; needs transformers.
-        verify: check the hash of every tensor first, which reads all of them.
+        verify: check the hash of every tensor and of every other file first, which reads all of
+            them, as ``verify_checkpoint`` does.
 
     Returns:
         The model; the very module that was given, unless that is itself a quantized layer. One that

@@ -104,6 +104,8 @@ class StoredModel:
             The keys of packed weights count too. A tied tensor is also among ``tensors``.
         config: the ``config.json`` of transformers as plain values, or None.
         assets: further files that belong to the model (tokenizer, generation settings).
+        inner: further files of sub-folders (modules of sentence-transformers) by their names below
+            the folder, "/" between.
 
     Example:
         >>> from quantization import quantize_model
@@ -119,6 +121,7 @@ class StoredModel:
     ties: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] | None = None
     assets: tuple[Path, ...] = ()
+    inner: Mapping[str, Path] = field(default_factory=dict)
 
 
 def stored_model(model: nn.Module, config: Mapping[str, Any] | None = None) -> StoredModel:

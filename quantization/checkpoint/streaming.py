@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import replace
 from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,8 @@ def quantize_checkpoint(
     Args:
         source: a folder with safetensors files, single or sharded, or one file. A ``config.json``
             of transformers tells the class of the model; without one, layers are told by names and
-            shapes. It is only read.
+            shapes. It is only read. What is not weights comes along, sub-folders too, as
+            :func:`quantization.checkpoint.float_source.inner_files` says; a warning names the rest.
         destination: the folder to write; made with its parents.
         recipe: as for :func:`quantization.quantize_model`.
         exclude: as for :func:`quantization.quantize_model`.
@@ -118,9 +120,10 @@ def quantize_checkpoint(
     options = {"exclude": exclude, "nonfinite": nonfinite}
     if workers > 1:
         _check_picklable(recipe, exclude)
-    planned = open_source(source, recipe, model=model, **options)
+    planned = _apart(open_source(source, recipe, model=model, **options), destination)
     _refuse_source(destination, *(file.path for file in planned.files.files.values()))
     _warn_dropped(planned)
+    _warn_left(planned)
     shards = plan_shards(planned.stored, max_shard_bytes)
     key = _fingerprint(planned, shards, nonfinite)
     with (
@@ -172,6 +175,28 @@ def _warn_dropped(planned: FloatSource) -> None:
             f"out: {some}",
             stacklevel=3,
         )
+
+
+def _warn_left(planned: FloatSource) -> None:
+    if planned.left:
+        warnings.warn(
+            f"{len(planned.left)} files or folders in sub-folders of the source are left out, as "
+            "models of their own or links to other places; copy what the model needs of them: "
+            f"{', '.join(planned.left[:5])}",
+            stacklevel=3,
+        )
+
+
+def _apart(planned: FloatSource, destination: Path) -> FloatSource:
+    """Without the files of a destination that lies in the source."""
+    place, root = destination.resolve(), planned.files.path.resolve()
+    inner = {
+        name: path
+        for name, path in planned.stored.inner.items()
+        if not (root / name).is_relative_to(place)
+    }
+    left = tuple(name for name in planned.left if not (root / name).is_relative_to(place))
+    return replace(planned, stored=replace(planned.stored, inner=inner), left=left)
 
 
 # ---- files, finished or not ------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from quantization.checkpoint.disk.files import new_folder
+from quantization.checkpoint.disk.files import digest_of, names_below, new_folder
 from quantization.checkpoint.disk.safetensors_files import INDEX, TensorWriter
 from quantization.checkpoint.disk.stored_tensor import key_of, nbytes_of
 from quantization.checkpoint.format import (
@@ -18,6 +18,7 @@ from quantization.checkpoint.format import (
     FILE,
     Document,
     FileRecord,
+    OtherFile,
     parts_of,
     tensors_of,
 )
@@ -89,9 +90,7 @@ def write_checkpoint(
     shards = plan_shards(stored, max_shard_bytes)
     with new_folder(folder, overwrite=overwrite) as made:
         records = {shard.name: write_shard(made / shard.name, stored, shard) for shard in shards}
-        finish(made, stored, records)
-        for name, plain in (extra or {}).items():
-            (made / name).write_text(json.dumps(plain, indent=2) + "\n")
+        finish(made, stored, records, extra)
 
 
 def plan_shards(stored: StoredModel, max_shard_bytes: int = MAX_SHARD_BYTES) -> list[Shard]:
@@ -171,14 +170,24 @@ def write_shard(
         return FileRecord(writer.nbytes, writer.header_sha256, writer.sha256)
 
 
-def finish(folder: Path, stored: StoredModel, records: Mapping[str, FileRecord]) -> None:
+def finish(
+    folder: Path,
+    stored: StoredModel,
+    records: Mapping[str, FileRecord],
+    extra: Mapping[str, Any] | None = None,
+) -> None:
     """Write what stands beside the tensors: the index, the config, the assets, and the document.
 
-    A config tells transformers which layers there are.
+    A config tells transformers which layers there are. The document, which is last, records every
+    other file.
     """
     config = stored.config and {**stored.config, ENTRY: entry_of(stored)}
     write_beside(folder, replace(stored, config=config), records)
-    document = Document(records, stored.layers, stored.ties)
+    for name, plain in (extra or {}).items():
+        (folder / name).write_text(json.dumps(plain, indent=2) + "\n")
+    names = sorted(names_below(folder) - {*records, FILE})
+    others = {name: OtherFile(*digest_of(folder / name)) for name in names}
+    document = Document(records, stored.layers, stored.ties, others)
     (folder / FILE).write_text(document.to_json())
 
 
@@ -195,3 +204,6 @@ def write_beside(folder: Path, stored: StoredModel, records: Mapping[str, FileRe
         (folder / CONFIG).write_text(json.dumps(stored.config, indent=2) + "\n")
     for asset in stored.assets:
         shutil.copyfile(asset, folder / asset.name)
+    for name, path in stored.inner.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, folder / name)

@@ -12,7 +12,7 @@ from typing import Any
 from quantization.checkpoint.disk.json_files import read_json
 from quantization.checkpoint.disk.safetensors_files import TensorFolder
 from quantization.checkpoint.disk.stored_tensor import StoredTensor
-from quantization.checkpoint.float_source import assets_of
+from quantization.checkpoint.float_source import assets_of, inner_files
 from quantization.checkpoint.format import CONFIG
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.formats.errors import FormatError
@@ -47,6 +47,7 @@ class Folder:
         config: of transformers, without the settings; None where there is nothing else.
         settings: how the model was quantized, keys in lower case.
         assets: further files that belong to the model.
+        inner: those of sub-folders, by name.
     """
 
     path: Path
@@ -54,6 +55,7 @@ class Folder:
     config: Mapping[str, Any] | None
     settings: Mapping[str, Any]
     assets: tuple[Path, ...]
+    inner: Mapping[str, Path]
 
     def names(self, *parts: str) -> list[str]:
         """Layers that have at least one tensor of those names, in the order of their keys."""
@@ -133,7 +135,7 @@ class Folder:
         """The model of those layers and of all tensors that they do not use."""
         used = set(used)
         tensors = {key: tensor for key, tensor in self.tensors.items() if key not in used}
-        return StoredModel(layers, tensors, {}, self.config, self.assets)
+        return StoredModel(layers, tensors, {}, self.config, self.assets, self.inner)
 
 
 def open_folder(
@@ -170,7 +172,8 @@ def open_folder(
     if given != method:
         raise FormatError(f"{path} was quantized by {given!r:.60}, not by {method!r}")
     assets = tuple(asset for asset in assets_of(files) if asset.name != sidecar)
-    return Folder(path, files.tensors(), config or None, settings, assets)
+    inner, _ = inner_files(path)
+    return Folder(path, files.tensors(), config or None, settings, assets, inner)
 
 
 def _settings(

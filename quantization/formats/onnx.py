@@ -4,7 +4,8 @@
     Codes along the rows, the first in the lowest bits; the last block of a row is filled with 0.
 ``scales`` float32 ``[N, blocks]``
 ``zero_points`` uint8 ``[N, ceil(blocks * bits / 8)]``, packed in the same way
-    Or float32 ``[N, blocks]``, not packed; without them ``2**(bits - 1)``.
+    Or, at 2 and 4 bits, float32 ``[N, blocks]``, not packed; without them ``2**(bits - 1)``. ONNX
+    Runtime (1.32) refuses floats at 8 bits when it opens the model.
 
 ``w[n, k] = (code - zero) * scale``, and ``y = x w^T + bias``.
 
@@ -85,8 +86,8 @@ def matmul_nbits(packed: PackedWeights) -> MatMulNBits:
     of 2. A group is cut into the largest blocks that fit it, and scales are repeated.
 
     Args:
-        packed: of torch tensors; integers, with whole or float zero points, binary or ternary. The
-            group must be a multiple of 16, or a whole row.
+        packed: of torch tensors; integers, with whole zero points or, up to 4 bits, float ones,
+            binary or ternary. The group must be a multiple of 16, or a whole row.
 
     Raises:
         FormatError: if the operator cannot hold it; the message says why.
@@ -123,6 +124,12 @@ def matmul_nbits(packed: PackedWeights) -> MatMulNBits:
 def _why_not(scheme: Scheme, cols: int) -> str | None:
     has_float_zeros = scheme.mode is Mode.Asymmetric and scheme.zero_point == "float"
     reason = None if has_float_zeros else why_not(scheme)
+    if has_float_zeros and width_of(scheme, WIDTHS) == 8:
+        return (
+            f"its codes of {scheme.bits} bits become codes of 8, with which ONNX Runtime takes no "
+            "float zero points; quantize with whole ones (zero_point='integer', a name that ends "
+            "in 'a', not 'af'), or in 4 bits or fewer"
+        )
     if reason is None and _block(scheme, cols) < LEAST_BLOCK:
         return (
             f"its groups of {scheme.group(cols)} cannot be cut into blocks of {LEAST_BLOCK}, 32 "

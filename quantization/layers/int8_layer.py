@@ -17,6 +17,7 @@ from quantization.numerics.granularity import Granularity
 from quantization.numerics.linear_quantization import quantize_linear
 from quantization.ops import torch_ops
 from quantization.ops.dtypes import target_of
+from quantization.ops.packed_rows import round_once
 from quantization.schemes.conversion import int8_parts
 from quantization.schemes.layer_weights import check_weight
 from quantization.schemes.packed_weights import PackedWeights
@@ -232,7 +233,7 @@ per row, 768 bytes)
 
     def _decoded(self) -> torch.Tensor:
         scales: torch.Tensor = self._buffers["scales"]
-        return self.codes.to(scales.dtype) * scales.unsqueeze(1)
+        return round_once(self.codes.to(scales.dtype) * scales.unsqueeze(1), scales.dtype)
 
     @property
     def codes(self) -> torch.Tensor:

@@ -148,7 +148,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             codes, scales, steps, zeros, book, self._bits, self._group, self.embedding_dim
         )
         shape = input.shape + (self.embedding_dim,)  # noqa: RUF005 (fx cannot unpack a shape)
-        return decoded.to(self.dtype).reshape(shape)
+        return packed_rows.round_once(decoded, self.dtype).reshape(shape)
 
     def to_scheme(self, scheme: Scheme | str) -> PackedEmbedding:
         """An embedding of another scheme, as :meth:`PackedLinearLayer.to_scheme` makes a layer.

@@ -63,6 +63,22 @@ def decode_rows(
     return values * _full_scales(scales, scale_steps).index_select(1, place)
 
 
+@torch.fx.wrap
+def round_once(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers as that type; one beyond its largest becomes that one, not infinity, NaN stays.
+
+    Args:
+        numbers: floats of float32, or of the type itself.
+        dtype: of the result.
+
+    Example:
+        >>> round_once(torch.tensor([1.0, -7e4, torch.nan]), torch.float16)
+        tensor([     1., -65504.,     nan], dtype=torch.float16)
+    """
+    largest = min(torch.finfo(dtype).max, torch.finfo(numbers.dtype).max)
+    return numbers.clamp(-largest, largest).to(dtype)
+
+
 def _unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     """Codes, int32 ``[rows, count]``, of dense or base-3 bytes."""
     place = torch.arange(count, device=packed.device)

@@ -3,7 +3,7 @@
 A call makes the weight in float, some rows at a time, and multiplies as nn.Linear does there. The
 sums are those of that device's own matrix product, in the type of the result if it has 16 bits, and
 in float32 (float64 for float64 activations) if not: a weight is then rounded to bfloat16 or float16
-as that of a bfloat16 or float16 nn.Linear is.
+as that of a bfloat16 or float16 nn.Linear is; one beyond the largest of that type becomes that one.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from quantization.ops.operators import Call, check_call
-from quantization.ops.packed_rows import decode_rows
+from quantization.ops.packed_rows import decode_rows, round_once
 
 _BLOCK = 1 << 24  # numbers of a weight that are in float at a time: 64 MiB of float32
 
@@ -89,7 +89,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _float_rows(call: Call, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows ``start`` to ``start + count`` of the weight as numbers of that type."""
+    """Rows ``start`` to ``start + count`` of the weight as finite numbers of that type."""
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.narrow(0, start, count)
@@ -97,7 +97,7 @@ def _float_rows(call: Call, start: int, count: int, dtype: torch.dtype) -> torch
     weights, scales, codebook = cut(call.weights), cut(call.scales), call.codebook
     if call.group is None:
         wide = _wide(dtype)
-        return (weights.to(wide) * scales.to(wide).unsqueeze(1)).to(dtype)
+        return round_once(weights.to(wide) * scales.to(wide).unsqueeze(1), dtype)
     if codebook is not None and codebook.shape[0] > 1:
         codebook = cut(codebook)
     steps = None if call.scale_steps is None else cut(call.scale_steps)
@@ -105,4 +105,4 @@ def _float_rows(call: Call, start: int, count: int, dtype: torch.dtype) -> torch
     decoded = decode_rows(
         weights, scales, steps, zeros, codebook, call.bits, call.group, call.in_features
     )
-    return decoded.to(dtype)
+    return round_once(decoded, dtype)

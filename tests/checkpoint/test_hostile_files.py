@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from quantization import load_quantized, quantize_checkpoint, save_quantized
 from quantization.checkpoint import CheckpointError, verify_checkpoint
 from quantization.checkpoint.disk.safetensors_files import TensorFolder, TensorWriter, read_header
+from quantization.checkpoint.format import sealed
 from tests.checkpoint_models import float_folder, net, quantized_net
 from tests.unittest_bridge import pytest_cases
 
@@ -117,7 +118,7 @@ def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
         path = folder / "quantization.json"
         plain = json.loads(path.read_text())
         change(plain)
-        path.write_text(json.dumps(plain))
+        path.write_text(json.dumps(sealed(plain)))  # a liar hashes his lies
 
     return apply
 
@@ -144,6 +145,13 @@ DOCUMENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "dtype": (edit(lambda p: layer(p).update(dtype="int8")), "'blocks.1.inner'"),
     "int8": (edit(lambda p: layer(p).update(kind="int8_linear")), "is int8, and its scheme is"),
     "padding": (edit(lambda p: layer(p).update(nf="x")), "expected numbers"),
+    "layer field": (
+        edit(lambda p: layer(p).update(scale=2)), "inner' has the unknown field 'scale'; known are"
+    ),
+    "others": (edit(lambda p: p.update(other_files=[])), "has other_files that are no object"),
+    "other": (
+        edit(lambda p: p.update(other_files={"a": {"bytes": 1}})), ": a is no record of a file"
+    ),
     "no file": (edit(lambda p: p["files"].clear()), "has no file and sha256"),
     "outside": (
         edit(lambda p: p["files"].update({"../x": p["files"][FILE]})), "'../x' is no name of a file"

@@ -97,5 +97,9 @@ def test_reading_and_writing_keeps_config_and_assets(tmp_path: Path) -> None:
     stored = stored_model(quantized_net("w4"), {"model_type": "net"})
     write_checkpoint(stored, tmp_path / "a")
     (tmp_path / "a/tokenizer.json").write_text("{}")
-    write_checkpoint(read_checkpoint(tmp_path / "a"), tmp_path / "b")
-    assert files_of(tmp_path / "a") == files_of(tmp_path / "b")
+    for old, new in ("ab", "bc"):
+        write_checkpoint(read_checkpoint(tmp_path / old), tmp_path / new)
+    a, b, c = (files_of(tmp_path / name) for name in "abc")
+    assert b == c and b"tokenizer.json" in b.pop("quantization.json")
+    assert b"tokenizer.json" not in a.pop("quantization.json")  # it came later
+    assert a == b

@@ -23,6 +23,7 @@ from quantization.checkpoint import streaming
 from quantization.checkpoint.disk.files import new_folder
 from quantization.checkpoint.disk.json_files import CheckpointError, parse_json
 from quantization.checkpoint.float_source import open_source
+from quantization.checkpoint.format import sealed
 from tests.checkpoint_models import files_of, float_folder, peak_of_streaming
 from tests.unittest_bridge import pytest_cases
 
@@ -172,7 +173,7 @@ def test_a_document_that_lies(path: tuple, value: object, message: str, tmp_path
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value
-    file.write_text(json.dumps(document))
+    file.write_text(json.dumps(sealed(document)))
     with pytest.raises(CheckpointError, match=re.escape(message)):
         load_quantized(tmp_path / "saved", nn.Embedding(20, 32))
 

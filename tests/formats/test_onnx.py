@@ -73,6 +73,8 @@ def test_blocks_lie_within_groups(name: str, shape: Any, block: int) -> None:
         ("mxfp4", "the grid 'mxfp4'"),
         ("w4g24", r"its groups of 24 cannot be cut into blocks of 16, 32"),
         ("w4g8", "its groups of 8"),
+        ("w8g32af", "its codes of 8 bits become codes of 8, .* no float zero points; .* 'a', not"),
+        ("w5af", "its codes of 5 bits become codes of 8, .* or in 4 bits or fewer"),
         ("w4+f64", "would round these of float64"),
     ],
 )
@@ -119,6 +121,25 @@ def test_onnx_runtime_computes_what_the_layer_does(
             assert (np.abs(run(tmp_path / "a.onnx", x) - exact) <= bound).all()
             ours = layer(torch.from_numpy(x)).detach().numpy()
             assert (np.abs(ours - exact) <= bound).all()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_float_zero_points_are_written_just_where_the_runtime_takes_them(
+    bits: int, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnx")
+    layer = PackedLinearLayer(64, 32, scheme=f"w{bits}g32af")
+    if bits > 4:
+        with pytest.raises(FormatError, match="no float zero points"):
+            export_layer_onnx(layer, tmp_path / "a.onnx")
+        with pytest.raises(FormatError, match=r"hold the model \(w.g32af\): .* no float zero"):
+            write_onnx(stored_model(layer), tmp_path / "a")
+        assert not list(tmp_path.iterdir())
+        return
+    export_layer_onnx(layer, tmp_path / "a.onnx")
+    x = np.random.default_rng(0).normal(size=(3, 64)).astype("float32")
+    wanted = layer(torch.from_numpy(x)).detach().numpy()
+    np.testing.assert_allclose(run(tmp_path / "a.onnx", x), wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_the_checker_of_onnx_accepts_the_file(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ torch = pytest.importorskip("torch")
 from torch import nn
 from torch.nn import functional as F
 
-from quantization import linear_layer
+from quantization import dequantize_model, linear_layer
 from quantization.linear_layer import (
     QWQALinearLayer,
     name_for_quantized_weight_buffer,
@@ -251,6 +251,30 @@ def test_weight_is_what_the_codes_stand_for(dtype: torch.dtype) -> None:
     assert layer.weight.dtype == dtype and layer.weight.device == layer.scales.device
     assert torch.equal(layer.weight, exact.to(dtype))
     assert not layer.weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weight_near_the_largest_number_stays_finite(dtype: torch.dtype) -> None:
+    """A scale that was rounded up times 127 is beyond the largest number."""
+    largest = torch.finfo(dtype).max
+    shares = torch.linspace(0.98, 1, 300, dtype=torch.float64).unsqueeze(1)
+    linear = nn.Linear(2, 300, bias=False, dtype=dtype)
+    linear.weight.data = (shares * torch.tensor([[largest, -largest / 2]])).to(dtype)
+    layer = QWQALinearLayer.from_float(linear)
+    products = layer.codes.double() * layer.scales.double().unsqueeze(1)
+    assert products.to(dtype).isinf().any(), "some must overflow, or nothing is tested"
+    assert torch.equal(layer.weight, products.clamp(-largest, largest).to(dtype))
+    assert torch.equal(layer.weight, layer.packed().dequantize())
+    model = nn.Sequential(layer)
+    dequantize_model(model)
+    assert model[0].weight.isfinite().all()
+
+
+def test_a_marked_row_stays_nan() -> None:
+    linear = nn.Linear(4, 2, dtype=torch.float16)
+    linear.weight.data[1, 2] = torch.inf
+    layer = QWQALinearLayer.from_float(linear, nonfinite="mark")
+    assert layer.weight[1].isnan().all() and layer.weight[0].isfinite().all()
 
 
 def test_weight_cannot_be_assigned() -> None:

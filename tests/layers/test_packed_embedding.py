@@ -61,6 +61,18 @@ def test_a_call_gives_rows_of_the_weight(scheme: str, dtype: torch.dtype) -> Non
     assert layer(torch.empty(0, 2, dtype=torch.long)).shape == (0, 2, 45)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_call_near_the_largest_number_is_finite(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    float_table = table(dtype=dtype)
+    shares = torch.linspace(0.98, 1, 20, dtype=torch.float64).unsqueeze(1)
+    float_table.weight.data = (shares * largest).to(dtype).repeat(1, 45)
+    for scheme in ("w8", "w5", "w4", "w4a"):
+        layer = PackedEmbedding.from_float(float_table, scheme)
+        got = layer(torch.arange(20))
+        assert got.isfinite().all() and torch.equal(got, layer.weight)
+
+
 def test_it_is_an_embedding_of_buffers() -> None:
     layer = PackedEmbedding(20, 45, 3, scheme="w4g16a", dtype=torch.bfloat16)
     assert isinstance(layer, nn.Embedding) and not list(layer.parameters())

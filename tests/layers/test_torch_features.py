@@ -15,6 +15,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 
@@ -282,3 +283,46 @@ def test_a_model_on_meta_comes_to_life() -> None:
     model.load_state_dict(source.state_dict(), assign=True)
     rows = words(3)
     assert torch.equal(model(rows), source(rows))
+
+
+# ---- averages of models ----------------------------------------------------------------------
+
+
+def averaged_codes(scheme: str, average: Any, use_buffers: bool) -> tuple[nn.Module, nn.Module]:
+    """A model that was trained beside its frozen codes, and its average; both after 20 steps."""
+    linear = nn.Linear(64, 64)
+    layer: nn.Module = QWQALinearLayer.from_float(linear)
+    if scheme != "int8":
+        layer = PackedLinearLayer.from_float(linear, scheme)
+    model = nn.Sequential(layer, nn.LayerNorm(64))
+    mean = AveragedModel(model, multi_avg_fn=average, use_buffers=use_buffers)
+    for step in range(20):
+        nn.init.constant_(model[1].weight, step)
+        mean.update_parameters(model)
+    assert 0 < mean.module[1].weight[0] < 19
+    return layer, mean.module[0]
+
+
+def of_floats(averaged: Any, current: Any, count: Any) -> None:
+    """As docs/torch.md has it."""
+    if averaged[0].is_floating_point():
+        get_ema_multi_avg_fn(0.9)(averaged, current, count)
+    else:
+        torch._foreach_copy_(averaged, current)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w4g16a", "nf4"])
+@pytest.mark.parametrize(
+    ("average", "use_buffers"), [(get_ema_multi_avg_fn(0.9), False), (of_floats, True)]
+)
+def test_an_average_of_models_keeps_the_codes(scheme: str, average: Any, use_buffers: bool) -> None:
+    layer, mean = averaged_codes(scheme, average, use_buffers)
+    for name, buffer in layer.named_buffers():
+        assert torch.equal(buffer, mean.get_buffer(name)), name
+
+
+@pytest.mark.parametrize("scheme", ["int8", "w4g16a"])
+def test_torch_truncates_averages_of_codes(scheme: str) -> None:
+    """A limit of torch that docs/torch.md tells; once this fails, the page can be shorter."""
+    layer, mean = averaged_codes(scheme, get_ema_multi_avg_fn(0.9), use_buffers=True)
+    assert not torch.equal(layer.codes, mean.codes)

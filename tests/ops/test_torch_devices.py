@@ -135,6 +135,22 @@ def test_results_of_another_type(scheme: str, dtype: torch.dtype, out_dtype: tor
     assert ((y.double() - exact).abs() <= allowed(IN, size, exact, dtype, out_dtype)).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scheme", ["rows", "w8", "w5g16"])
+def test_weights_near_the_largest_number_stay_finite(scheme: str, dtype: torch.dtype) -> None:
+    """An infinite weight times 0 is NaN, in every output of the row."""
+    linear = nn.Linear(IN, OUT, bias=False, dtype=dtype)
+    shares = torch.linspace(0.98, 1, OUT, dtype=torch.float64).unsqueeze(1)
+    linear.weight.data = (shares * torch.finfo(dtype).max).to(dtype).repeat(1, IN)
+    is_rows = scheme == "rows"
+    layer = QWQALinearLayer.from_float(linear) if is_rows else PackedLinearLayer.from_float(
+        linear, scheme)  # fmt: skip
+    x = torch.zeros(1, IN, dtype=dtype)
+    x[0, 0] = 0.5
+    y = forward(layer, x, dtype, IN_TORCH)
+    assert y.isfinite().all() and torch.equal(y[0], layer.weight[:, 0] / 2)
+
+
 @pytest.mark.parametrize("scheme", ["rows", "w4g16a", "kmeans2r", "nf4", "w5g16a+dq"])
 def test_a_weight_is_made_in_blocks(scheme: str, monkeypatch: pytest.MonkeyPatch) -> None:
     layer, x, grad = layer_of(scheme), torch.randn(4, IN), torch.randn(4, OUT)

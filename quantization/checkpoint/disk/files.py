@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import shutil
 import tempfile
@@ -10,7 +11,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-__all__ = ["free_place", "member", "new_file", "new_folder", "put_in_place", "sync"]
+__all__ = [
+    "below",
+    "digest_of",
+    "free_place",
+    "member",
+    "names_below",
+    "new_file",
+    "new_folder",
+    "put_in_place",
+    "sync",
+]
 
 
 @contextmanager
@@ -167,6 +178,47 @@ def member(folder: str | os.PathLike[str], name: object) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"{folder} has no file {name}")
     return path
+
+
+def below(folder: str | os.PathLike[str], name: str) -> Path:
+    """The file of that name in a folder or, with "/" between the names, in a sub-folder.
+
+    Raises:
+        ValueError, FileNotFoundError: as :func:`member` says.
+
+    Example:
+        >>> below(".", "a/../../secret")
+        Traceback (most recent call last):
+            ...
+        ValueError: 'a/../../secret' is no name of a file below .; names of other places are not \
+followed
+    """
+    *places, last = name.split("/")
+    if any(place in ("", ".", "..") or set(place) & set("\\:\0") for place in places):
+        raise ValueError(
+            f"{name!r} is no name of a file below {folder}; names of other places are not followed"
+        )
+    return member(Path(folder, *places), last)
+
+
+def names_below(folder: Path) -> set[str]:
+    """The names, for :func:`below`, of all files in a folder and its sub-folders.
+
+    Folders whose names begin with a dot (.git, .cache) are no part of a model and are left out;
+    links to folders are not followed.
+    """
+    names = set()
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        names |= {Path(place, name).relative_to(folder).as_posix() for name in files}
+    return names
+
+
+def digest_of(path: Path) -> tuple[int, str]:
+    """The bytes of a file, and the sha256 of them."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256")
+        return file.tell(), digest.hexdigest()
 
 
 def sync(path: Path) -> None:
