@@ -42,6 +42,7 @@ from transformers.quantizers.auto import (
 
 from quantization.checkpoint.plain_config import METHOD
 from quantization.integrations.transformers_config import QuantizationConfig
+from quantization.integrations.transformers_init import keeping_codes
 from quantization.integrations.transformers_stored import (
     StoredWeights,
     state_dict_of,
@@ -234,7 +235,11 @@ def _register() -> None:
             del mapping[METHOD]  # this module, imported before and reloaded
     register_quantization_config(METHOD)(QuantizationConfig)
     register_quantizer(METHOD)(Quantizer)
-    contexts = {"save_pretrained": _described, "resize_token_embeddings": _resizable}
+    contexts = {
+        "save_pretrained": _described,
+        "resize_token_embeddings": _resizable,
+        "initialize_weights": keeping_codes,
+    }
     for name, context in contexts.items():
         method = getattr(PreTrainedModel, name)
         if not hasattr(method, "knows_quantized"):

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 
 from quantization.integrations.transformers_config import QuantizationConfig, rules_of
+from quantization.integrations.transformers_init import mark_as_initialized
 from quantization.integrations.transformers_ties import tie_parameters
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.models.quantizer import form_of, make_layer, quantize_model
@@ -166,7 +167,7 @@ class FloatWeights:
             _share_if_equal(new, self._pending[other].new)
         if f"{waiting.name}.bias" in self._tied:
             new.bias = nn.Parameter(new._buffers.pop("bias"))  # until transformers has tied it
-        _mark_as_initialized(new)
+        mark_as_initialized(new)
         assign(stores_of(self._sites, {id(waiting.module): new}))
         waiting.new = new
 
@@ -255,14 +256,6 @@ def _share_if_equal(new: Any, other: Any) -> None:
     if all(torch.equal(mine[name], theirs[name]) for name in names):
         for name in names:
             mine[name] = theirs[name]
-
-
-def _mark_as_initialized(new: nn.Module) -> None:
-    """Keep transformers from drawing random numbers for what has been read; a bias may yet come."""
-    for module in new.modules():
-        bias = getattr(module, "bias", None)
-        if bias is None or not bias.is_meta:
-            module._is_hf_initialized = True
 
 
 def _bias_to_buffer(layer: nn.Module) -> None:
