@@ -7,8 +7,8 @@ scheme of the layer, which adds the error that quantizing has; what the layer wa
 that unmerging brings it back bit for bit. For a merge without that error make the model float first
 (:func:`quantization.dequantize_model`), and load the adapter over it.
 
-A quantized module in ``modules_to_save``, which is to be trained itself, is trained as a float copy of
-its numbers; that copy is what is saved, and what stands in its place after a merge.
+A quantized module in ``modules_to_save``, which is to be trained itself, is trained as a float copy
+of its numbers; that copy is what is saved, and what stands in its place after a merge.
 
 Other adapters than LoRA train over quantized layers too; where one would be merged, an error says
 that it cannot. PEFT itself asks that a model has at least one Parameter.

@@ -81,7 +81,7 @@ def tie_parameters(model: PreTrainedModel) -> None:
     """Tie what transformers would, where it is told not to (while it builds a model on meta)."""
     for target, source in model.all_tied_weights_keys.items():
         parent, _, name = target.rpartition(".")
-        setattr(model.get_submodule(parent), name, model.getparameter_of(source))
+        setattr(model.get_submodule(parent), name, model.get_parameter(source))
 
 
 def share_tensors(model: nn.Module, ties: Mapping[str, str]) -> None:
