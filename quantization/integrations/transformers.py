@@ -12,10 +12,10 @@ Importing this module registers the config and the quantizer::
     AutoModelForCausalLM.from_pretrained(folder)  # needs the import, and nothing else
 
 The layers are those that :func:`quantization.quantize_model` makes of the float model, bit for bit,
-but a float weight lives only until its layer is made. A layer whose weight the checkpoint lacks, such
-as a head for a new task, stays in float, to be trained. Models that were quantized by hand are saved
-in the same form. Where this module was not imported, transformers refuses what is saved here: an
-empty tensor stands under the name of each float weight, and its shape does not fit.
+but a float weight lives only until its layer is made. A layer whose weight the checkpoint lacks,
+such as a head for a new task, stays in float, to be trained. Models that were quantized by hand are
+saved in the same form. Where this module was not imported, transformers refuses what is saved here:
+an empty tensor stands under the name of each float weight, and its shape does not fit.
 """
 
 from __future__ import annotations
