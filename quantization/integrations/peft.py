@@ -7,6 +7,9 @@ scheme of the layer, which adds the error that quantizing has; what the layer wa
 that unmerging brings it back bit for bit. For a merge without that error make the model float first
 (:func:`quantization.dequantize_model`), and load the adapter over it.
 
+A quantized module in ``modules_to_save``, which is to be trained itself, is trained as a float copy
+of its numbers; that copy is what is saved, and what stands in its place after a merge.
+
 Other adapters than LoRA train over quantized layers too; where one would be merged, an error says
 that it cannot. PEFT itself asks that a model has at least one Parameter.
 """
@@ -29,10 +32,12 @@ need("peft", "peft", "0.21")
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 
 from quantization.layers.packed_embedding import PackedEmbedding
 from quantization.layers.quantized_linear import QuantizedLinear
 from quantization.layers.quantized_module import QuantizedModule
+from quantization.models.quantizer import dequantize_model
 
 __all__ = ["LAYERS", "QuantizedLoraEmbedding", "QuantizedLoraLinear"]
 
@@ -164,7 +169,26 @@ def _refusing(original: Callable[[Any], None]) -> Callable[[Any], None]:
     return check
 
 
+def _with_float_copies(original: Callable[..., None]) -> Callable[..., None]:
+    """``ModulesToSaveWrapper.update`` that trains float copies of quantized modules."""
+
+    @functools.wraps(original)
+    def update(self: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        is_new = adapter_name not in self.modules_to_save
+        original(self, adapter_name, *args, **kwargs)
+        own = self.modules_to_save[adapter_name]
+        if is_new and any(isinstance(module, QuantizedModule) for module in own.modules()):
+            plain = dequantize_model(own).model
+            plain.requires_grad_(adapter_name in self.active_adapters)
+            self.modules_to_save[adapter_name] = plain
+
+    update.knows_quantized = True  # type: ignore[attr-defined]
+    return update
+
+
 def _register() -> None:
+    if not hasattr(ModulesToSaveWrapper.update, "knows_quantized"):
+        ModulesToSaveWrapper.update = _with_float_copies(ModulesToSaveWrapper.update)
     if not hasattr(LoraConfig.__post_init__, "knows_quantized"):
         LoraConfig.__post_init__ = _with_layers(LoraConfig.__post_init__)
     if not hasattr(BaseTuner._check_merge_allowed, "knows_quantized"):

@@ -12,9 +12,10 @@ Importing this module registers the config and the quantizer::
     AutoModelForCausalLM.from_pretrained(folder)  # needs the import, and nothing else
 
 The layers are those that :func:`quantization.quantize_model` makes of the float model, bit for bit,
-but a float weight lives only until its layer is made. Models that were quantized by hand are saved
-in the same form. Where this module was not imported, transformers refuses what is saved here: an
-empty tensor stands under the name of each float weight, and its shape does not fit.
+but a float weight lives only until its layer is made. A layer whose weight the checkpoint lacks,
+such as a head for a new task, stays in float, to be trained. Models that were quantized by hand are
+saved in the same form. Where this module was not imported, transformers refuses what is saved here:
+an empty tensor stands under the name of each float weight, and its shape does not fit.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from transformers.quantizers.auto import (
 
 from quantization.checkpoint.plain_config import METHOD
 from quantization.integrations.transformers_config import QuantizationConfig
+from quantization.integrations.transformers_init import keeping_codes
 from quantization.integrations.transformers_stored import (
     StoredWeights,
     state_dict_of,
@@ -234,7 +236,11 @@ def _register() -> None:
             del mapping[METHOD]  # this module, imported before and reloaded
     register_quantization_config(METHOD)(QuantizationConfig)
     register_quantizer(METHOD)(Quantizer)
-    contexts = {"save_pretrained": _described, "resize_token_embeddings": _resizable}
+    contexts = {
+        "save_pretrained": _described,
+        "resize_token_embeddings": _resizable,
+        "initialize_weights": keeping_codes,
+    }
     for name, context in contexts.items():
         method = getattr(PreTrainedModel, name)
         if not hasattr(method, "knows_quantized"):

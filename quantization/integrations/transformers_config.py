@@ -5,7 +5,7 @@ Its form in ``config.json``: :mod:`quantization.checkpoint.plain_config`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Self
 
 import torch
@@ -144,8 +144,12 @@ class QuantizationConfig(QuantizationConfigMixin):
 
     # ---- models ------------------------------------------------------------------------------
 
-    def quantize(self, model: nn.Module) -> ReplacementReport:
+    def quantize(self, model: nn.Module, besides: Collection[str] = ()) -> ReplacementReport:
         """:func:`quantization.quantize_model` with the arguments that this holds.
+
+        Args:
+            model: what it changes.
+            besides: dotted names of what is to stay in float besides what is excluded.
 
         Example:
             >>> model = nn.Sequential(nn.Linear(64, 64))
@@ -160,7 +164,7 @@ class QuantizationConfig(QuantizationConfigMixin):
         return quantize_model(
             model,
             recipe,
-            exclude=exclude,
+            exclude=[*exclude, *([lambda name, module: name in besides] if besides else [])],
             untie=self.untie or self.recipe is None,
             strict=self.strict,
             nonfinite=self.nonfinite,

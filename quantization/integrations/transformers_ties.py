@@ -16,7 +16,7 @@ from quantization.layers.quantized_module import QuantizedModule
 from quantization.swap.conversion import memory_of
 from quantization.swap.walker import walk
 
-__all__ = ["restrict_ties", "share_tensors", "tie_parameters"]
+__all__ = ["parameter_of", "restrict_ties", "share_tensors", "tie_parameters"]
 
 
 def restrict_ties(model: nn.Module) -> None:
@@ -55,11 +55,16 @@ def _has_quantized(model: nn.Module) -> bool:
 
 
 def _is_float(model: nn.Module, key: str) -> bool:
-    return _parameter(model, key) is not None
+    return parameter_of(model, key) is not None
 
 
-def _parameter(model: nn.Module, key: str) -> nn.Parameter | None:
-    """The Parameter of that name, or None; no layer is asked to compute its weight."""
+def parameter_of(model: nn.Module, key: str) -> nn.Parameter | None:
+    """The Parameter of that name, or None; no layer is asked to compute its weight.
+
+    Example:
+        >>> parameter_of(nn.Sequential(nn.Linear(2, 3)), "0.weight").shape
+        torch.Size([3, 2])
+    """
     owner, _, name = key.rpartition(".")
     try:
         return model.get_submodule(owner)._parameters.get(name)
@@ -68,7 +73,7 @@ def _parameter(model: nn.Module, key: str) -> nn.Parameter | None:
 
 
 def _is_one(model: nn.Module, *pair: str) -> bool:
-    first, second = (_parameter(model, key) for key in pair)
+    first, second = (parameter_of(model, key) for key in pair)
     return first is not None and second is not None and memory_of(first) == memory_of(second)
 
 

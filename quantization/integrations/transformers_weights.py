@@ -12,7 +12,13 @@ from torch import nn
 from transformers.core_model_loading import ConversionOps
 
 from quantization.integrations.transformers_config import QuantizationConfig, rules_of
-from quantization.integrations.transformers_ties import tie_parameters
+from quantization.integrations.transformers_init import mark_as_initialized
+from quantization.integrations.transformers_missing import (
+    is_drawn,
+    leave_in_float,
+    refuse_left,
+)
+from quantization.integrations.transformers_ties import parameter_of, tie_parameters
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.models.quantizer import form_of, make_layer, quantize_model
 from quantization.swap.conversion import Maker, convert
@@ -69,6 +75,7 @@ class FloatWeights:
     def __init__(self, model: Any, config: QuantizationConfig, dtype: torch.dtype) -> None:
         self._config = config
         self._error: Exception | None = None
+        self._missing: set[str] = set()
         self._sites = list(walk(model))
         self._pending: dict[str, _PendingLayer] = {}
         twin = copy.deepcopy(model)
@@ -78,10 +85,12 @@ class FloatWeights:
         report = config.quantize(twin)
         self.report: ReplacementReport = replace(report, model=None)  # which would hold the twin
         self._planned = {name for c in report.replaced for name in (c.name, *c.aliases)}
-        for waiting in self._plan(model, twin, {c.name: c.aliases for c in report.replaced}):
+        self._plans = list(self._plan(model, twin, {c.name: c.aliases for c in report.replaced}))
+        for waiting in self._plans:
             if all(model.get_parameter(key).dtype == dtype for key in waiting.keys):
                 self._pending |= dict.fromkeys(waiting.keys, waiting)
         self._taken: dict[str, str] = {}
+        self._tied_keys: dict[str, str] = model.all_tied_weights_keys
         self._tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}
         self._groups = self._claim_ties(model)
 
@@ -126,6 +135,21 @@ class FloatWeights:
     def __contains__(self, key: object) -> bool:
         return key in self._pending
 
+    def fits(self, key: str, weight: torch.Tensor) -> bool:
+        """Whether a weight has the shape of its layer; if not, that layer is not waited for.
+
+        transformers then refuses it, or draws another one where that was asked for.
+        """
+        waiting = self._pending[key]
+        own = waiting.module._parameters[key.rpartition(".")[2]]
+        if own.shape == weight.shape or not own.is_meta:
+            return True
+        group = {each for k in waiting.keys for each in self._groups.get(k, {k})}
+        self._pending = {k: w for k, w in self._pending.items() if k not in group}
+        freed = {target for target in self._taken if target in group}
+        self._tied_keys |= {target: self._taken.pop(target) for target in freed}
+        return False
+
     def bytes_per_number(self, key: str) -> float:
         """Of the codes that come in the place of a weight, scales and all."""
         return self._pending[key].bytes_per_number
@@ -166,7 +190,7 @@ class FloatWeights:
             _share_if_equal(new, self._pending[other].new)
         if f"{waiting.name}.bias" in self._tied:
             new.bias = nn.Parameter(new._buffers.pop("bias"))  # until transformers has tied it
-        _mark_as_initialized(new)
+        mark_as_initialized(new)
         assign(stores_of(self._sites, {id(waiting.module): new}))
         waiting.new = new
 
@@ -175,17 +199,20 @@ class FloatWeights:
     def finish(self, model: Any) -> ReplacementReport:
         """Quantize what had no weight of its own in the checkpoint, and see that all is done.
 
+        What the checkpoint has no weight for, not even a tied one, stays in float.
+
         Raises:
             Exception: the first that a weight gave rise to.
             ValueError: if a layer could not be quantized.
         """
         if self._error is not None:
             raise self._error
-        model.all_tied_weights_keys |= self._taken  # restrict_ties takes them off for good
+        self._tie_what_stays(model)
+        self._leave_what_is_missing(model)
         if not self._is_done(model):
             if self._config.unfuse_experts:
                 unfuse_experts(model)
-            self._config.quantize(model)
+            self._config.quantize(model, self._missing)
         left = sorted(name for name in self._planned if not _is_quantized(model, name))
         if left:
             raise ValueError(
@@ -194,7 +221,28 @@ class FloatWeights:
             )
         for name in self._planned:
             _bias_to_buffer(model.get_submodule(name))
+        if self._missing:
+            self.report = leave_in_float(self.report, self._missing, model)
         return self.report
+
+    def _tie_what_stays(self, model: Any) -> None:
+        """Put ties back on the list; transformers has not tied what was to share codes."""
+        model.all_tied_weights_keys |= self._taken  # restrict_ties takes codes off for good
+        for target, source in self._taken.items():
+            weight = parameter_of(model, source)
+            if weight is not None and parameter_of(model, target) is not None:
+                owner, _, name = target.rpartition(".")
+                model.get_submodule(owner)._parameters[name] = weight
+
+    def _leave_what_is_missing(self, model: Any) -> None:
+        """Take what the checkpoint has no weight for off the plan."""
+        for waiting in self._plans:
+            if waiting.new is None and is_drawn(map(partial(parameter_of, model), waiting.keys)):
+                inner = {n for n in self._planned if n.startswith(f"{waiting.name}.")}
+                self._missing |= ({waiting.name} & self._planned) | inner
+        self._planned -= self._missing
+        if self._config.strict:
+            refuse_left(self._missing)
 
     def _is_done(self, model: nn.Module) -> bool:
         return all(_is_quantized(model, name) for name in self._planned)
@@ -213,7 +261,7 @@ class _QuantizeWeights(ConversionOps):
         for key in list(input_dict):
             value = input_dict.pop(key)
             weight = value[0] if isinstance(value, list) else value
-            if key in self._weights:
+            if key in self._weights and self._weights.fits(key, weight):
                 self._weights.receive(key, weight, set() if missing_keys is None else missing_keys)
             else:
                 rest[key] = weight
@@ -255,14 +303,6 @@ def _share_if_equal(new: Any, other: Any) -> None:
     if all(torch.equal(mine[name], theirs[name]) for name in names):
         for name in names:
             mine[name] = theirs[name]
-
-
-def _mark_as_initialized(new: nn.Module) -> None:
-    """Keep transformers from drawing random numbers for what has been read; a bias may yet come."""
-    for module in new.modules():
-        bias = getattr(module, "bias", None)
-        if bias is None or not bias.is_meta:
-            module._is_hf_initialized = True
 
 
 def _bias_to_buffer(layer: nn.Module) -> None:

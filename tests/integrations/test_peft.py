@@ -286,3 +286,49 @@ def test_a_model_quantized_on_loading_is_trained_and_merged(tmp_path: Path) -> N
     again = cls.from_pretrained(tmp_path / "merged")
     assert torch.equal(logits(again), logits(merged))
     assert relative(logits(again), wanted) < 0.05
+
+
+# ---- modules that are trained themselves ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("scheme", ["w4g32a", "w8a16"])
+def test_a_quantized_module_to_save_is_trained_as_a_float_copy(scheme: str, tmp_path: Path) -> None:
+    model = tiny_models.random_model("llama")
+    quantize_model(model, scheme)
+    wanted, ids = logits(model), IDS
+    assert isinstance(model.lm_head, (PackedLinearLayer, QWQALinearLayer))
+    adapted = peft.get_peft_model(
+        model, lora(target_modules=["q_proj"], modules_to_save=["lm_head"])
+    )
+    head = adapted.base_model.model.lm_head
+    own = head.modules_to_save["default"]
+    assert type(own) is nn.Linear and own.weight.requires_grad
+    assert isinstance(head.original_module, (PackedLinearLayer, QWQALinearLayer))
+    assert (logits(adapted) - wanted).abs().max() < 1e-4
+
+    before = own.weight.detach().clone()
+    adapted(ids, labels=ids).loss.backward()
+    torch.optim.SGD([own.weight], lr=1.0).step()
+    assert not torch.equal(own.weight, before)
+    adapted.save_pretrained(tmp_path)
+    again = tiny_models.random_model("llama")
+    quantize_model(again, scheme)
+    loaded = peft.PeftModel.from_pretrained(again, tmp_path)
+    trained = loaded.base_model.model.lm_head.modules_to_save["default"]
+    assert torch.equal(trained.weight, own.weight) and not trained.weight.requires_grad
+    assert torch.equal(logits(loaded), logits(adapted.eval()))
+    with adapted.disable_adapter():
+        assert torch.equal(logits(adapted), wanted)
+    merged = adapted.merge_and_unload()
+    assert type(merged.lm_head) is nn.Linear and torch.equal(merged.lm_head.weight, own.weight)
+
+
+def test_what_a_module_to_save_holds_is_float_too() -> None:
+    model = tiny_models.random_model("llama")
+    quantize_model(model, {"embed_tokens": "w8", "*": "w4g32a"})
+    adapted = peft.get_peft_model(
+        model, lora(target_modules=["q_proj"], modules_to_save=["mlp", "embed_tokens"])
+    )
+    names = [name for name, each in adapted.named_parameters() if each.requires_grad]
+    assert sum("mlp.modules_to_save.default" in name for name in names) == 6
+    assert sum("embed_tokens.modules_to_save.default.weight" in name for name in names) == 1

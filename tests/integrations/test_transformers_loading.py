@@ -103,15 +103,15 @@ def test_float_weights_are_never_all_alive(
 ) -> None:
     seen: list[weakref.ref] = []
     most = 0
-    take = FloatWeights.take
+    receive = FloatWeights.receive
 
     def counting(self: Any, key: str, weight: Any, missing: Any) -> None:
         nonlocal most
         seen.append(weakref.ref(weight))
         most = max(most, sum(each() is not None for each in seen))
-        take(self, key, weight, missing)
+        receive(self, key, weight, missing)
 
-    monkeypatch.setattr(FloatWeights, "take", counting)
+    monkeypatch.setattr(FloatWeights, "receive", counting)
     model = load("llama", floats["llama"], quantization_config=QuantizationConfig("w4g64a"))
     assert len(seen) == len(quantized(model)) == 14 and most == 1
     assert not [m for m in model.modules() if type(m) is nn.Linear and m is not model.lm_head]

@@ -100,14 +100,6 @@ def test_a_quantized_model_loads_into_its_body(floats: dict[str, Path], tmp_path
         assert all(torch.equal(mine[n].packed_weights, theirs[n].packed_weights) for n in mine)
 
 
-def test_a_new_head_is_quantized_too(floats: dict[str, Path]) -> None:
-    config = QuantizationConfig("w4g64a", ())
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        floats["llama"], quantization_config=config, num_labels=3
-    )
-    assert type(model.score) is PackedLinearLayer and torch.isfinite(model.score.weight).all()
-
-
 def test_a_model_of_which_nothing_is_quantized(floats: dict[str, Path], tmp_path: Path) -> None:
     config = QuantizationConfig("w4", "re:.")
     model = load("llama", floats["llama"], quantization_config=config)
