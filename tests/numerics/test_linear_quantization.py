@@ -9,7 +9,6 @@ import doctest
 import numpy as np
 import pytest
 
-from quantization import linear_quantizer
 from quantization.linear_quantizer import (
     PER_COLUMNS,
     PER_ROWS,
@@ -21,6 +20,7 @@ from quantization.linear_quantizer import (
     per_dim_scale_and_zero_for,
     quantize_linear,
 )
+from quantization.numerics import linear_quantization
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
@@ -37,7 +37,7 @@ def same(left: tuple, right: tuple) -> bool:
 
 
 def test_examples() -> None:
-    outcome = doctest.testmod(linear_quantizer)
+    outcome = doctest.testmod(linear_quantization)
     assert outcome.failed == 0 and outcome.attempted > 0
 
 
