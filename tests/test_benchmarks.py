@@ -280,6 +280,15 @@ def run(*arguments: str) -> subprocess.CompletedProcess:
     )  # fmt: skip
 
 
+# In full it is deep: it repeats, section by section, what one section shows here.
+def test_one_section_runs_in_smoke_mode(capsys: pytest.CaptureFixture, tmp_path: Path) -> None:
+    assert command_line.main(["--smoke", "--only", "pack", "--json", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out").read_text())["rows"]
+    assert {row["section"] for row in rows} == {"pack"}
+    assert all("reason" in row or 0 < row["p10"] <= row["median"] <= row["p90"] for row in rows)
+    assert "pack" in capsys.readouterr().out
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict:
     folder = tmp_path_factory.mktemp("bench")
@@ -293,6 +302,7 @@ def smoke(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return {"entry": entry, "files": files, "printed": done.stdout}
 
 
+@pytest.mark.deep
 def test_smoke_writes_every_section(smoke: dict) -> None:
     entry = smoke["entry"]
     expected = {"command", "machine", "settings", "limits", "absent", "summary", "rows"}
@@ -308,6 +318,7 @@ def test_smoke_writes_every_section(smoke: dict) -> None:
         assert all(math.isfinite(v) for v in row.values() if isinstance(v, float)), row
 
 
+@pytest.mark.deep
 def test_smoke_times_each_isa_right(smoke: dict) -> None:
     ours = [row for row in smoke["entry"]["rows"] if row["kind"] == "ours"]
     for isa in smoke["entry"]["machine"]["isas"]:
@@ -323,6 +334,7 @@ def test_smoke_times_each_isa_right(smoke: dict) -> None:
         assert all(row["fraction"] > 0 for row in mapped)
 
 
+@pytest.mark.deep
 def test_smoke_judges_a_packed_model(smoke: dict) -> None:
     rows = [row for row in smoke["entry"]["rows"] if row["section"] == "packed_model"]
     for dtype in ("float32", "bfloat16"):
@@ -335,6 +347,7 @@ def test_smoke_judges_a_packed_model(smoke: dict) -> None:
         assert all(row["tokens_per_second"] > 0 for row in found.values())
 
 
+@pytest.mark.deep
 def test_smoke_prints_and_writes_tables(smoke: dict) -> None:
     assert "linear: shape 64x96, dtype float32, threads 1, tokens 5" in smoke["printed"]
     text = smoke["files"]["md"].read_text()
@@ -344,6 +357,7 @@ def test_smoke_prints_and_writes_tables(smoke: dict) -> None:
         assert smoke["files"]["png"].read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.deep
 def test_an_earlier_run_is_told_again(smoke: dict, capsys: pytest.CaptureFixture) -> None:
     results = Results.from_dict(smoke["entry"])
     assert [row.to_dict() for row in results.rows if not row.timing] == [

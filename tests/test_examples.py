@@ -30,6 +30,7 @@ def needs(script: Path) -> list[str]:
     return [name.strip() for name in match[1].split(",")] if match else []
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("script", SCRIPTS, ids=[script.name for script in SCRIPTS])
 def test_example_runs(script: Path, tmp_path: Path) -> None:
     for name in needs(script):

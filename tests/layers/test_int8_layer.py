@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 from torch import nn
 from torch.nn import functional as F
 
-from quantization import dequantize_model, linear_layer
+from quantization import dequantize_model
+from quantization.layers import int8_layer
 from quantization.linear_layer import (
     QWQALinearLayer,
     name_for_quantized_weight_buffer,
@@ -25,7 +26,7 @@ from tests.unittest_bridge import pytest_cases
 load_tests = pytest_cases(__file__)
 
 
-@pytest.mark.parametrize("module", [linear_layer, target], ids=lambda module: module.__name__)
+@pytest.mark.parametrize("module", [int8_layer, target], ids=lambda module: module.__name__)
 def test_examples_in_the_docstrings(module: Any) -> None:
     assert doctest.testmod(module).failed == 0
 

@@ -50,11 +50,18 @@ def test_an_unknown_choice_of_kernels_is_refused() -> None:
     assert "QUANTIZATION_TORCH_OPS is 'rust'; allowed are 'c' and 'python'" in done.stderr
 
 
-def test_the_kernels_in_python_pass_the_same_tests() -> None:
+@pytest.mark.parametrize(
+    "which",
+    [
+        "values or batches or arguments or order or vmap",
+        pytest.param("not inductor", marks=pytest.mark.deep),
+    ],
+)
+def test_the_kernels_in_python_pass_the_same_tests(which: str) -> None:
     if os.environ.get("QUANTIZATION_TORCH_OPS"):
         pytest.skip("already forced by QUANTIZATION_TORCH_OPS")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-k", "not inductor", "tests/ops/test_torch_ops.py"],
+        [sys.executable, "-m", "pytest", "-q", "-k", which, "tests/ops/test_torch_ops.py"],
         cwd=ROOT,
         env=os.environ | {"QUANTIZATION_TORCH_OPS": "python", "PYTEST_ADDOPTS": ""},
         capture_output=True,
