@@ -16,6 +16,10 @@ from typing import Any
 
 import pytest
 
+from tests.unittest_bridge import pytest_cases
+
+load_tests = pytest_cases(__file__)
+
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
 PACKAGE = ROOT / "quantization"

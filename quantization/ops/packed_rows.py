@@ -72,8 +72,8 @@ def round_once(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
         dtype: of the result.
 
     Example:
-        >>> round_once(torch.tensor([1.0, -7e4, torch.nan]), torch.float16)
-        tensor([     1., -65504.,     nan], dtype=torch.float16)
+        >>> round_once(torch.tensor([1.0, -7e4, torch.nan]), torch.float16).tolist()
+        [1.0, -65504.0, nan]
     """
     largest = min(torch.finfo(dtype).max, torch.finfo(numbers.dtype).max)
     return numbers.clamp(-largest, largest).to(dtype)

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 from quantization.demo import model_sources
 from quantization.demo.model_download import cached
 from quantization.demo.model_sources import ModelError, load_model
+from quantization.ops import extras
 from tests import tiny_models
 from tests.unittest_bridge import pytest_cases
 
@@ -118,7 +119,7 @@ def test_missing_extra_is_told_before_the_download(
     def refuse(module: str):
         raise ImportError(f"No module named {module!r}")
 
-    monkeypatch.setattr(model_sources, "import_module", refuse)
+    monkeypatch.setattr(extras, "import_module", refuse)
     monkeypatch.setattr(model_sources, "fetch", None)
     with pytest.raises(ModelError, match=r'needs transformers: pip install "qwqa\[demo\]"'):
         load_model(name)

@@ -134,18 +134,3 @@ sys.exit("torch" in sys.modules)
 
 def test_examples() -> None:
     assert doctest.testmod(linear).failed == 0
-
-
-def test_the_kernel_of_a_call_is_told(isa: str) -> None:
-    kernel = linear.linear_kernel(3, 48, 64, "bfloat16")
-    assert (kernel.isa, kernel.dtype, kernel.tokens, kernel.chunk) == (isa, "bfloat16", 3, 3)
-    assert str(kernel).startswith(f"{isa}: 3 tokens of bfloat16, tiles of ")
-    for arguments, message in [
-        ((0, 1, 1), "tokens is 0; it must be 1 or more"),
-        ((1, 0, 1), "out_features is 0; it must be 1 or more"),
-        ((1, 1, -1), "in_features is -1; it must be 0 or more"),
-    ]:
-        with pytest.raises(ValueError, match=message):
-            linear.linear_kernel(*arguments)
-    with pytest.raises(TypeError, match="int8"):
-        linear.linear_kernel(1, 1, 1, "int8")
