@@ -69,9 +69,12 @@ def outcome(folder: Path) -> Callable[[str], targets.Result]:
 #: A harness is a build of all kernels, and repeats at length what `tests/kernels` shows.
 HARNESS = pytest.mark.deep
 
+#: Tests of one target stay in one process of pytest-xdist (``--dist loadgroup``): one build each.
+TARGETS = [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in BY_NAME]
+
 
 @HARNESS
-@pytest.mark.parametrize("name", list(BY_NAME))
+@pytest.mark.parametrize("name", TARGETS)
 def test_every_kernel_agrees_with_the_reference(
     name: str, outcome: Callable[[str], targets.Result], record_property: Callable[..., None]
 ) -> None:
@@ -86,7 +89,7 @@ def test_every_kernel_agrees_with_the_reference(
 
 
 @HARNESS
-@pytest.mark.parametrize("name", [name for name in BY_NAME if name != "native"])
+@pytest.mark.parametrize("name", [each for each in TARGETS if each.values != ("native",)])
 def test_the_reference_gives_the_same_bytes_everywhere(
     name: str, outcome: Callable[[str], targets.Result]
 ) -> None:
