@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from quantization.layers.quantized_linear import QuantizedLinear, accepted, check_bias
+from quantization.layers.quantized_module import check_packed
 from quantization.numerics.granularity import Granularity
 from quantization.numerics.linear_quantization import quantize_linear
 from quantization.ops import torch_ops
@@ -136,6 +137,7 @@ per row, 768 bytes)
             bias: floats ``[out_features]``, or None.
 
         Raises:
+            TypeError: if ``packed`` is none, or holds ndarrays.
             ValueError: where there is none: a row has several scales, or a code stands for no whole
                 number of -128..127; or if the bias has another shape.
 
@@ -145,6 +147,7 @@ per row, 768 bytes)
             >>> again.int8_weights.data_ptr() == layer.int8_weights.data_ptr()
             True
         """
+        check_packed(packed)
         codes, scales = int8_parts(packed)
         check_bias(bias, packed.shape[0])
         (rows, cols), dtype = packed.shape, getattr(torch, packed.dtype)

@@ -9,7 +9,7 @@ from torch import nn
 
 from quantization.layers.float_layers import embedding_table
 from quantization.layers.packed_module import DEFAULT_SCHEME, PackedModule
-from quantization.layers.quantized_module import check_sizes
+from quantization.layers.quantized_module import check_packed, check_sizes
 from quantization.ops import packed_rows
 from quantization.ops.dtypes import index_of, name_of, source_of
 from quantization.schemes.conversion import repack
@@ -121,6 +121,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             >>> PackedEmbedding.from_packed(pack_matrix(torch.eye(4), "w2a"))(torch.tensor([2]))
             tensor([[0., 0., 1., 0.]])
         """
+        check_packed(packed)
         (rows, cols), dtype = packed.shape, getattr(torch, packed.dtype)
         made = cls(rows, cols, padding_idx, scheme=packed.scheme, dtype=dtype, device="meta")
         made._set_buffers(made._parts_of(packed), packed.shape)

@@ -13,6 +13,7 @@ from torch import nn
 
 from quantization.layers.packed_module import DEFAULT_SCHEME, PackedModule
 from quantization.layers.quantized_linear import QuantizedLinear, check_bias
+from quantization.layers.quantized_module import check_packed
 from quantization.ops import torch_ops
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
@@ -125,10 +126,7 @@ weights=w4g64a, 1,312 bytes)
             >>> PackedLinearLayer.from_packed(pack_matrix(torch.eye(8), "w2a")).weight[0, :2]
             tensor([1., 0.])
         """
-        if not isinstance(packed, PackedWeights):
-            raise TypeError(f"packed is a {type(packed).__name__}; pack_matrix makes one")
-        if not isinstance(packed.packed_weights, torch.Tensor):
-            raise TypeError("packed holds ndarrays; pack a torch.Tensor")
+        check_packed(packed)
         check_bias(bias, packed.shape[0])
         (out_features, in_features), dtype = packed.shape, getattr(torch, packed.dtype)
         has_bias = bias is not None

@@ -278,6 +278,21 @@ class QuantizedModule(nn.Module):
             check_incoming(own[prefix + "bias"], prefix + "bias", tuple(bias.shape))
 
 
+def check_packed(packed: Any) -> None:
+    """Raise TypeError unless it is a packed matrix of torch tensors.
+
+    Example:
+        >>> check_packed("w4")
+        Traceback (most recent call last):
+        ...
+        TypeError: packed is a str; pack_matrix makes one
+    """
+    if not isinstance(packed, PackedWeights):
+        raise TypeError(f"packed is a {type(packed).__name__}; pack_matrix makes one")
+    if not isinstance(packed.packed_weights, torch.Tensor):
+        raise TypeError("packed holds ndarrays; pack a torch.Tensor")
+
+
 def check_sizes(**sizes: Any) -> None:
     """Raise TypeError or ValueError unless all are whole numbers of 0 or more.
 

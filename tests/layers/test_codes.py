@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
 from torch import nn
 
-from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer, Scheme
+from quantization import PackedEmbedding, PackedLinearLayer, QWQALinearLayer, Scheme, pack_matrix
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
@@ -72,3 +73,11 @@ def test_codes_of_shapes_alone_and_of_a_conv1d() -> None:
 
     layer = PackedLinearLayer.from_float(Conv1D(), "w4g32a")
     assert layer.was_conv1d and layer.codes.shape == layer.weight.shape == (8, 100)
+
+
+@pytest.mark.parametrize("cls", [QWQALinearLayer, PackedLinearLayer, PackedEmbedding])
+def test_a_layer_is_made_of_packed_tensors_alone(cls: type) -> None:
+    with pytest.raises(TypeError, match="packed is a Tensor; pack_matrix makes one"):
+        cls.from_packed(torch.ones(2, 2))
+    with pytest.raises(TypeError, match=r"packed holds ndarrays; pack a torch\.Tensor"):
+        cls.from_packed(pack_matrix(np.ones((2, 2), "float32"), "int8"))
