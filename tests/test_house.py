@@ -69,6 +69,7 @@ FLOORS = (
     "ops",
     "numerics",
     "schemes",
+    "methods",
     "layers",
     "swap",
     "models",

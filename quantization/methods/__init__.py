@@ -1,0 +1,1 @@
+"""Ways from a matrix to its codes, and what they know of a layer's inputs."""
