@@ -1,5 +1,10 @@
 """The public names and where they come from: read by type checkers, and by the package itself."""
 
+from quantization.calibration.calibrate import calibrate as calibrate
+from quantization.calibration.files import (
+    load_statistics as load_statistics,
+    save_statistics as save_statistics,
+)
 from quantization.checkpoint import (
     load_quantized as load_quantized,
     quantize_checkpoint as quantize_checkpoint,
@@ -23,6 +28,10 @@ from quantization.linear_quantizer import (
     group as group,
     per_dim_scale_and_zero_for as per_dim_scale_and_zero_for,
     quantize_linear as quantize_linear,
+)
+from quantization.methods.statistics import (
+    ModelStatistics as ModelStatistics,
+    Statistics as Statistics,
 )
 from quantization.models.quantizer import (
     dequantize_model as dequantize_model,

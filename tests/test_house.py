@@ -74,6 +74,7 @@ FLOORS = (
     "swap",
     "models",
     "checkpoint/disk",
+    "calibration",
     "checkpoint",
     "distributed",
     "formats",

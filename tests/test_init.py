@@ -28,9 +28,12 @@ sys.meta_path.insert(0, Block())
 
 
 NEED_TORCH = {
+    "quantization.calibration.calibrate",
+    "quantization.calibration.files",
     "quantization.checkpoint",
     "quantization.swap.experts",
     "quantization.linear_layer",
+    "quantization.methods.statistics",
     "quantization.models.quantizer",
     "quantization.layers.packed_embedding",
     "quantization.layers.packed_layer",

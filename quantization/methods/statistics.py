@@ -6,7 +6,7 @@ d H d^T with H = mean of x x^T; the diagonal of H alone, mean of x^2, weights th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -118,7 +118,7 @@ class ModelStatistics(Mapping[str, Statistics]):
     Layers that share their inputs (q, k and v; gate and up) share one object.
 
     Args:
-        layers: statistics by name.
+        layers: statistics by name, or functions that read them when they are asked for.
         unseen: names of layers that no input reached, such as experts that no token chose.
         source: what the inputs were, in words.
 
@@ -134,13 +134,13 @@ class ModelStatistics(Mapping[str, Statistics]):
 
     def __init__(
         self,
-        layers: Mapping[str, Statistics],
+        layers: Mapping[str, Statistics | Callable[[], Statistics]],
         *,
         unseen: tuple[str, ...] | list[str] = (),
         source: str = "",
     ) -> None:
         for name, known in layers.items():
-            if not isinstance(known, Statistics):
+            if not isinstance(known, Statistics) and not callable(known):
                 raise TypeError(f"{name} has a {type(known).__name__}; expected Statistics")
         self._layers = dict(layers)
         self.unseen = tuple(name for name in unseen if name not in self._layers)
@@ -149,13 +149,26 @@ class ModelStatistics(Mapping[str, Statistics]):
     def __getitem__(self, name: str) -> Statistics:
         if name in self.unseen:
             raise KeyError(f"{name}: no input reached this layer while the model was calibrated")
-        return self._layers[name]
+        known = self._layers[name]
+        return known if isinstance(known, Statistics) else known()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._layers)
 
     def __len__(self) -> int:
         return len(self._layers)
+
+    @property
+    def shares(self) -> dict[str, str]:
+        """By name: the first layer that has the same statistics, so the same inputs.
+
+        Example:
+            >>> one = Statistics.of(torch.ones(2, 3))
+            >>> ModelStatistics({"q": one, "k": one}).shares
+            {'q': 'q', 'k': 'q'}
+        """
+        firsts: dict[int, str] = {}
+        return {name: firsts.setdefault(id(known), name) for name, known in self._layers.items()}
 
     def merged(self, other: ModelStatistics) -> ModelStatistics:
         """Those of both runs together; a layer that one of them did not reach is the other's.
@@ -164,12 +177,12 @@ class ModelStatistics(Mapping[str, Statistics]):
             ValueError: as :meth:`Statistics.merged` says, with the layer's name.
         """
         done: dict[tuple[int, int], Statistics] = {}
-        layers = {**self, **other}
-        for name in self.keys() & other.keys():
-            mine, theirs = self[name], other[name]
-            pair = id(mine), id(theirs)
+        mine, theirs = dict(self), dict(other)
+        layers = {**mine, **theirs}
+        for name in mine.keys() & theirs.keys():
+            pair = id(mine[name]), id(theirs[name])
             try:
-                layers[name] = done[pair] = done.get(pair) or mine.merged(theirs)
+                layers[name] = done[pair] = done.get(pair) or mine[name].merged(theirs[name])
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from None
         sources = dict.fromkeys(filter(None, (self.source, other.source)))
@@ -178,8 +191,9 @@ class ModelStatistics(Mapping[str, Statistics]):
 
     def without_hessians(self) -> ModelStatistics:
         """The moments alone."""
-        done = {id(known): known.without_hessian() for known in self.values()}
-        layers = {name: done[id(known)] for name, known in self.items()}
+        full = dict(self)
+        done = {id(known): known.without_hessian() for known in full.values()}
+        layers = {name: done[id(known)] for name, known in full.items()}
         return ModelStatistics(layers, unseen=self.unseen, source=self.source)
 
     def __repr__(self) -> str:
