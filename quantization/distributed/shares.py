@@ -138,11 +138,15 @@ def share_bounds(layer: Any, dim: int, count: int, unit: int = 1) -> list[tuple[
 def group_of(layer: Any) -> int:
     """Input features of a layer that share a scale, 1 where a share can begin anywhere.
 
+    All of them where groups are scattered over the columns (``input_order``).
+
     Example:
         >>> group_of(PackedLinearLayer(128, 4, scheme="w4g64")), group_of(QWQALinearLayer(128, 4))
         (64, 1)
     """
     if isinstance(layer, PackedLinearLayer) and layer.scheme.groups(layer.in_features) > 1:
+        if layer.scheme.input_order:
+            return layer.in_features
         return layer.scheme.group(layer.in_features)
     return 1
 
@@ -235,7 +239,8 @@ def _rows(packed: PackedWeights, start: int, end: int) -> dict[str, torch.Tensor
     """Every tensor of some rows; a codebook that all rows have stays as it is."""
     parts = {name: getattr(packed, name) for name in PARTS}
     for name, tensor in parts.items():
-        if tensor is not None and tensor.shape[0] == packed.shape[0]:
+        is_of_rows = name != "input_order" and tensor is not None
+        if is_of_rows and tensor.shape[0] == packed.shape[0]:
             parts[name] = _cut(tensor, 0, start, end)
     return parts
 

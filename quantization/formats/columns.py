@@ -9,7 +9,7 @@ import torch
 from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
 from quantization.checkpoint.stored_model import StoredLayer
 from quantization.formats.folders import Folder, granularity_of
-from quantization.formats.integers import Integers, packed_of
+from quantization.formats.integers import IN_ORDER, Integers, Order, packed_of
 from quantization.ops.dtypes import SOURCES
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
@@ -44,7 +44,7 @@ def layer_of(
     cols: int,
     codes: Read,
     zeros: Read,
-    order: torch.Tensor | None = None,
+    order: Order = IN_ORDER,
 ) -> StoredLayer:
     """A layer; symmetric where all zero points are ``2**(bits - 1)``, as its zero points tell now.
 
@@ -56,17 +56,15 @@ def layer_of(
         cols: ``in``.
         codes: reads codes, uint8 ``[in, out]``.
         zeros: reads zero points, uint8 ``[groups, out]``.
-        order: the stored group of each run of columns; None: in order.
+        order: where the groups lie.
     """
     is_symmetric = bool((zeros() == 1 << bits - 1).all())
 
-    def rows_of(tensor: torch.Tensor) -> torch.Tensor:
-        return (tensor if order is None else tensor[order]).t()
-
     def load(scheme: Scheme, dtype: str) -> PackedWeights:
-        zero_points = None if is_symmetric else rows_of(zeros())
-        numbers = Integers(bits, codes().t(), rows_of(scales.load()), zero_points)
+        zero_points = None if is_symmetric else order.scales(zeros()).t()
+        found = order.scales(scales.load()).t()
+        numbers = Integers(bits, order.codes(codes()).t(), found, zero_points, order.columns)
         return packed_of(numbers, scheme, dtype)
 
-    shape = (scales.shape[1], cols)
-    return folder.layer(shape, bits, granularity_of(group), is_symmetric, scales, load)
+    shape, has_order = (scales.shape[1], cols), order.columns is not None
+    return folder.layer(shape, bits, granularity_of(group), is_symmetric, scales, load, has_order)

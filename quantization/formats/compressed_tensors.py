@@ -11,6 +11,9 @@ one dense stream of codes, the first in the lowest bits, and ``code = q + 2**(bi
     ``out`` and ``in``.
 ``weight_zero_point`` ``[ceil(out * bits / 32), groups]``
     Of an asymmetric layer: zero points, packed down the columns.
+``weight_g_idx`` int32 ``[in]``
+    Of a layer in act-order: the group of each column. Only read: later versions of the library
+    refuse it.
 
 ``int-quantized``, which is only read, has int8 ``weight`` and ``weight_zero_point`` instead, of
 plain ``q``. ``w[n, k] = (q - zero) * scale``; :mod:`quantization.formats.compressed_config` has the
@@ -52,9 +55,11 @@ from quantization.formats.folders import (
     open_folder,
 )
 from quantization.formats.integers import (
+    IN_ORDER,
     Integers,
-    group_order,
+    Order,
     integers_of,
+    order_of,
     packed_of,
     why_not,
     width_of,
@@ -91,8 +96,8 @@ def read_compressed_tensors(folder: str | os.PathLike[str]) -> StoredModel:
     Raises:
         FileNotFoundError: if it is no folder, or has no safetensors files.
         quantization.checkpoint.disk.safetensors_files.CheckpointError: if a file is broken.
-        FormatError: for a tensor that is missing or of another form, settings that are not
-            understood, and columns in act-order; the message names the tensor.
+        FormatError: for a tensor that is missing or of another form, and settings that are not
+            understood; the message names the tensor.
 
     Example: see :func:`write_compressed_tensors`.
     """
@@ -143,20 +148,20 @@ def _layer(
     groups = 1 if form.group is None else -(-cols // form.group)
     scales = _each_row(source, key_of(name, "weight_scale"), SOURCES, form, (rows, groups))
     zeros = _zeros(source, key_of(name, "weight_zero_point"), form, (rows, groups))
-    order, places = None, key_of(name, "weight_g_idx")
+    order, places = IN_ORDER, key_of(name, "weight_g_idx")
     if places in source.tensors:
         order = _order(source, places, form, cols, groups)
 
     def load(scheme: Scheme, dtype: str) -> PackedWeights:
-        found = _expanded(scales.load(), rows, groups)
-        zero_points = None if zeros is None else zeros()
-        if order is not None:
-            found = found[:, order]
-            zero_points = None if zero_points is None else zero_points[:, order]
-        return packed_of(Integers(form.bits, codes(), found, zero_points), scheme, dtype)
+        found = order.scales(_expanded(scales.load(), rows, groups).t()).t()
+        zero_points = None if zeros is None else order.scales(zeros().t()).t()
+        sorted_codes = order.codes(codes().t()).t()
+        numbers = Integers(form.bits, sorted_codes, found, zero_points, order.columns)
+        return packed_of(numbers, scheme, dtype)
 
     span = Granularity.PerTensor if form.strategy == "tensor" else granularity_of(form.group)
-    return source.layer(shape, form.bits, span, form.is_symmetric, scales, load)
+    has_order = order.columns is not None
+    return source.layer(shape, form.bits, span, form.is_symmetric, scales, load, has_order)
 
 
 def _shape(source: Folder, key: str) -> tuple[int, int]:
@@ -210,13 +215,11 @@ def _unsigned(stored: StoredTensor, bits: int, where: str) -> torch.Tensor:
     return codes.to(torch.uint8)
 
 
-def _order(
-    source: Folder, key: str, form: WeightForm, cols: int, groups: int
-) -> torch.Tensor | None:
+def _order(source: Folder, key: str, form: WeightForm, cols: int, groups: int) -> Order:
     places = source.tensor(key, ("int32", "int64"), (cols,)).load()
     if cols and (places == -1).all():  # how its writer says that there is none
-        return None
-    return group_order(places, form.group or max(cols, 1), groups, f"{source.path}: {key}")
+        return IN_ORDER
+    return order_of(places, form.group or max(cols, 1), groups, f"{source.path}: {key}")
 
 
 # ---- write -----------------------------------------------------------------------------------

@@ -106,6 +106,7 @@ class Folder:
         is_symmetric: bool,
         scales: StoredTensor,
         load: Callable[[Scheme, str], PackedWeights],
+        has_order: bool = False,
     ) -> StoredLayer:
         """A linear layer of integers; ``load`` gets its scheme and dtype.
 
@@ -117,6 +118,7 @@ class Folder:
             granularity,
             Mode.Symmetric if is_symmetric else Mode.Asymmetric,
             scale_dtype=None if scales.dtype == dtype else scales.dtype,
+            input_order=has_order,
         )
         kind = "int8_linear" if scheme == Scheme.int8() else "linear"
         return StoredLayer(kind, scheme, shape, dtype, lambda: load(scheme, dtype))

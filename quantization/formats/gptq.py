@@ -10,7 +10,8 @@ codes, the first in the lowest bits:
 ``scales`` ``[groups, out]``
     Floats.
 ``g_idx`` ``[in]``
-    The group of each column; without it ``k // group_size``.
+    The group of each column; without it ``k // group_size``. Where groups are scattered over the
+    columns (act-order), these are sorted by group, and the layer gathers its input.
 
 ``w[n, k] = (code - zero) * scale``. The settings stand in ``config.json``
 (``quantization_config``) or in ``quantize_config.json``.
@@ -35,7 +36,7 @@ from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.formats.columns import groups_of, layer_of, scales_of
 from quantization.formats.errors import FormatError
 from quantization.formats.folders import Folder, containers, is_named, open_folder
-from quantization.formats.integers import group_order
+from quantization.formats.integers import IN_ORDER, order_of
 from quantization.numerics.weight_packing import unpack_weights
 
 __all__ = ["read_gptq"]
@@ -58,8 +59,8 @@ def read_gptq(folder: str | os.PathLike[str]) -> StoredModel:
         FileNotFoundError: if it is no folder, or has no safetensors files.
         quantization.checkpoint.disk.safetensors_files.CheckpointError: if a file is broken.
         FormatError: for a tensor that is missing or of another form, for other widths and layouts
-            (marlin, bitblas), for columns in act-order, and for zero points of version 1 that
-            readers understand differently; the message names the tensor.
+            (marlin, bitblas), and for zero points of version 1 that readers understand differently;
+            the message names the tensor.
 
     Example:
         >>> import json, tempfile
@@ -154,9 +155,9 @@ def _layer(source: Folder, name: str, version: int) -> StoredLayer:
     rows = scales.shape[1]
     source.tensor(key("qweight"), ("int32",), (None, rows))
     qzeros = source.tensor(key("qzeros"), ("int32",), (groups, containers(rows, bits)))
-    order = None
+    order = IN_ORDER
     if places is not None:
-        order = group_order(places.load(), group or max(cols, 1), groups, key("g_idx"))
+        order = order_of(places.load(), group or max(cols, 1), groups, key("g_idx"))
 
     def codes() -> torch.Tensor:
         return unpack_weights(qweight.load(), bits, layout="dense", dim=0, size=cols)

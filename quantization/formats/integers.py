@@ -19,7 +19,21 @@ from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
 from quantization.schemes.stored_scales import restore
 
-__all__ = ["Integers", "group_order", "integers_of", "packed_of", "why_not", "width_of"]
+__all__ = [
+    "IN_ORDER",
+    "SCATTERED",
+    "Integers",
+    "Order",
+    "integers_of",
+    "order_of",
+    "packed_of",
+    "why_not",
+    "width_of",
+]
+
+
+#: Why formats whose groups are neighbours cannot hold a scheme with an ``input_order``.
+SCATTERED = "its groups are scattered over the columns (act-order), and here a group is neighbours"
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,12 +46,14 @@ class Integers:
         scales: floats ``[out, groups]``.
         zero_points: uint8 ``[out, groups]``, of ``bits`` bits (floats for a scheme that has such);
             None: ``2**(bits - 1)``.
+        input_order: int32 ``[in]``, which column of the matrix each of ``codes`` is; None: itself.
     """
 
     bits: int
     codes: torch.Tensor
     scales: torch.Tensor
     zero_points: torch.Tensor | None
+    input_order: torch.Tensor | None = None
 
 
 def why_not(scheme: Scheme) -> str | None:
@@ -49,6 +65,8 @@ def why_not(scheme: Scheme) -> str | None:
         >>> why_not(Scheme.nf4())
         "codes of the grid 'nf4' are places in a table of levels, not whole numbers"
     """
+    if scheme.input_order:
+        return SCATTERED
     if scheme.grid not in ("integer", "binary", "ternary"):
         return (
             f"codes of the grid {scheme.grid!r} are places in a table of levels, not whole numbers"
@@ -139,12 +157,37 @@ def packed_of(numbers: Integers, scheme: Scheme, dtype: str) -> PackedWeights:
         zeros = pack_weights(zeros, numbers.bits, layout="dense", dim=1)
     rows, cols = codes.shape
     data = pack_weights(codes, numbers.bits, layout="dense", dim=1)
-    scales = numbers.scales.contiguous()
-    return PackedWeights(scheme, (rows, cols), data, scales, None, zeros, None, dtype)
+    scales, order = numbers.scales.contiguous(), numbers.input_order
+    return PackedWeights(scheme, (rows, cols), data, scales, None, zeros, None, dtype, order)
 
 
-def group_order(places: torch.Tensor, group: int, groups: int, key: str) -> torch.Tensor | None:
-    """Which scale each run of ``group`` neighbouring columns has, out of the scale of each column.
+@dataclass(frozen=True, eq=False)
+class Order:
+    """Where groups lie that are not one after the other.
+
+    Attributes:
+        groups: int64, which stored scale each run of columns has; None: in order.
+        columns: int32 ``[in]``, columns sorted by their groups, where those are scattered over
+            them (act-order); None where they are neighbours.
+    """
+
+    groups: torch.Tensor | None = None
+    columns: torch.Tensor | None = None
+
+    def scales(self, stored: torch.Tensor) -> torch.Tensor:
+        """``[groups, ...]`` as the groups of the layer have them."""
+        return stored if self.groups is None else stored[self.groups]
+
+    def codes(self, stored: torch.Tensor) -> torch.Tensor:
+        """``[in, ...]`` as the groups of the layer have them."""
+        return stored if self.columns is None else stored[self.columns]
+
+
+IN_ORDER = Order()
+
+
+def order_of(places: torch.Tensor, group: int, groups: int, key: str) -> Order:
+    """How columns and scales are to be moved so that neighbours share a scale.
 
     Args:
         places: integers ``[in]``, the group of each column (``g_idx``).
@@ -152,24 +195,26 @@ def group_order(places: torch.Tensor, group: int, groups: int, key: str) -> torc
         groups: how many there are.
         key: of ``places``, for errors.
 
-    Returns:
-        int64, one for each run; None where the groups lie in order.
-
     Raises:
-        FormatError: if neighbours do not share their scales (act-order), or a group does not exist.
+        FormatError: if a group does not exist, or is not of that size.
 
     Example:
-        >>> group_order(torch.tensor([1, 1, 0, 0]), 2, 2, "g_idx")
+        >>> order_of(torch.tensor([1, 1, 0, 0]), 2, 2, "g_idx").groups
         tensor([1, 0])
+        >>> order_of(torch.tensor([1, 0, 1, 0]), 2, 2, "g_idx").columns
+        tensor([1, 3, 0, 2], dtype=torch.int32)
     """
     places = places.long()
     if places.numel() and not 0 <= int(places.min()) <= int(places.max()) < groups:
         raise FormatError(f"{key} names a group that is none of the {groups} there are")
-    order = places[::group]
-    if not torch.equal(order.repeat_interleave(group)[: len(places)], places):
+    runs = places[::group]
+    if torch.equal(runs.repeat_interleave(group)[: len(places)], places):
+        is_plain = torch.equal(runs, torch.arange(len(runs)))
+        return IN_ORDER if is_plain else Order(groups=runs)
+    columns = places.argsort(stable=True)
+    if not torch.equal(places[columns], torch.arange(len(places)) // group):
         raise FormatError(
-            f"{key} scatters groups over the columns (act-order, desc_act): here a group is "
-            f"{group} neighbouring columns, so that its scales could not be kept; quantize without "
-            "act-order, or with static groups"
+            f"{key} gives groups other sizes than {group} columns, the last one what is left: "
+            "their scales could not be kept; quantize the model again with even groups"
         )
-    return None if torch.equal(order, torch.arange(len(order))) else order
+    return Order(columns=columns.int())

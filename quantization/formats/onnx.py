@@ -123,7 +123,7 @@ def matmul_nbits(packed: PackedWeights) -> MatMulNBits:
 
 def _why_not(scheme: Scheme, cols: int) -> str | None:
     has_float_zeros = scheme.mode is Mode.Asymmetric and scheme.zero_point == "float"
-    reason = None if has_float_zeros else why_not(scheme)
+    reason = None if has_float_zeros and not scheme.input_order else why_not(scheme)
     if has_float_zeros and width_of(scheme, WIDTHS) == 8:
         return (
             f"its codes of {scheme.bits} bits become codes of 8, with which ONNX Runtime takes no "

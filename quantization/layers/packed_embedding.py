@@ -67,6 +67,11 @@ class PackedEmbedding(PackedModule, nn.Embedding):
                 f"max_norm is {max_norm}: rows that calls would shrink cannot be kept packed; "
                 "renormalize the table once, then quantize it"
             )
+        if scheme_of(scheme).input_order:
+            raise ValueError(
+                f"scheme {scheme} has its columns in an order by which a linear layer gathers its "
+                "input; take it without +order for an embedding"
+            )
         nn.Module.__init__(self)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
@@ -140,7 +145,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             IndexError: for a number that is no row of the table.
         """
         rows, buffers = input.reshape(-1), self._buffers
-        parts: list[Any] = [buffers[name] for name in PARTS]
+        parts: list[Any] = [buffers[name] for name in PARTS[:-1]]  # columns have no order here
         for i, tensor in enumerate(parts):
             if tensor is not None and tensor.shape[0] == self.num_embeddings:
                 parts[i] = tensor.index_select(0, rows)  # all but one codebook for all rows

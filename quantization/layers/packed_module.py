@@ -9,6 +9,7 @@ import torch
 
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.ops.dtypes import name_of
+from quantization.schemes.column_order import check_order
 from quantization.schemes.layer_weights import layer_floats, pack_as
 from quantization.schemes.packed_weights import PARTS, PackedWeights, pack_matrix
 from quantization.schemes.scheme import Scheme, scheme_of
@@ -38,6 +39,7 @@ class PackedModule(QuantizedModule):
     scale_steps: torch.Tensor | None
     zero_points: torch.Tensor | None
     codebook: torch.Tensor | None
+    input_order: torch.Tensor | None
 
     def _register_packed(
         self, scheme: Scheme | str, dtype: torch.dtype, device: Any, **more: torch.Tensor | None
@@ -99,7 +101,7 @@ class PackedModule(QuantizedModule):
             >>> PackedLinearLayer(64, 32).packed().packed_weights.shape
             torch.Size([32, 32])
         """
-        parts = {name: self._buffers[name] for name in PARTS}
+        parts = {name: self._buffers.get(name) for name in PARTS}
         return PackedWeights(self._scheme, self._weight_shape(), **parts, dtype=self.dtype)
 
     def quantize(
@@ -191,6 +193,8 @@ class PackedModule(QuantizedModule):
         except ValueError as error:
             raise ValueError(f"{error} (this layer has scheme {self._scheme})") from None
         self._check_codebook(own.get(prefix + "codebook"), prefix)
+        if prefix + "input_order" in own:
+            check_order(own[prefix + "input_order"], prefix + "input_order")
 
     def _check_codebook(self, incoming: torch.Tensor | None, prefix: str) -> None:
         """The levels of a grid that fixes them are those of the scheme."""

@@ -26,6 +26,7 @@ def check_scheme(scheme: Any) -> None:
     _check_bits(scheme)
     _check_granularity(scheme)
     _check_scales(scheme)
+    _check_order(scheme)
 
 
 def along_rows(granularity: Any) -> Granularity:
@@ -93,5 +94,15 @@ def _check_scales(scheme: Any) -> None:
     if scheme.double_quant and not scheme.is_grouped:
         raise ValueError(
             f"double_quant shares a step among the groups of a row: use PerGroup(by, 1), not "
+            f"{scheme.granularity}"
+        )
+
+
+def _check_order(scheme: Any) -> None:
+    if not isinstance(scheme.input_order, bool):
+        raise TypeError(f"input_order must be True or False, not {scheme.input_order!r}")
+    if scheme.input_order and not scheme.is_grouped:
+        raise ValueError(
+            "input_order says which columns are of one group: use PerGroup(by, 1), not "
             f"{scheme.granularity}"
         )

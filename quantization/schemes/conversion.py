@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from quantization.numerics.granularity import Granularity
 from quantization.numerics.parameters import Mode
 from quantization.numerics.weight_packing import pack_weights
 from quantization.ops.dtypes import name_of
+from quantization.schemes.column_order import same_order
 from quantization.schemes.layer_weights import pack_as
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
@@ -45,6 +48,8 @@ def repack(packed: PackedWeights, scheme: Scheme) -> PackedWeights:
 
 def _exactly(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
     """The weight under a scheme of symmetric codes that hold it as it is; None if they do not."""
+    if scheme.input_order:
+        return _exactly_in_order(packed, scheme)
     is_plain = scheme.grid == "integer" and scheme.mode is Mode.Symmetric
     if not is_plain or scheme.double_quant or scheme.scale_dtype not in (None, packed.dtype):
         return None
@@ -53,6 +58,8 @@ def _exactly(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
         return None  # rows have scales of their own
     cols = packed.shape[1]
     old, new = packed.scheme.group(cols), scheme.group(cols)
+    if packed.input_order is not None and packed.scheme.groups(cols) > 1:
+        return None  # neighbours have other scales
     if packed.scheme.groups(cols) > 1 and old % new:  # a new group with two old scales
         return None
     levels, scales, half = whole_levels(packed), _scales_of(packed), 1 << (scheme.bits - 1)
@@ -62,6 +69,21 @@ def _exactly(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
     codes = pack_weights(levels.to(torch.int8), scheme.bits, layout="dense", dim=1)
     spread = scales.index_select(1, starts // old)
     return PackedWeights(scheme, packed.shape, codes, spread, dtype=packed.dtype)
+
+
+def _exactly_in_order(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
+    """The same for a scheme that has an order: that which is there is kept."""
+    order = packed.input_order
+    plain = replace(packed, scheme=replace(packed.scheme, input_order=False), input_order=None)
+    made = _exactly(plain, replace(scheme, input_order=False))
+    if made is None:
+        return None
+    order = (
+        same_order(packed.packed_weights.new_empty(packed.shape), scheme)
+        if order is None
+        else order
+    )
+    return replace(made, scheme=scheme, input_order=order)
 
 
 def int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:

@@ -27,7 +27,7 @@ _SPANS = {
 }
 _SCALE_TYPES = {"f32": "float32", "f64": "float64", "f16": "float16", "bf16": "bfloat16"}
 _SHORT = {name: short for short, name in _SCALE_TYPES.items()}
-_DOUBLE_QUANT = "dq"
+_DOUBLE_QUANT, _ORDER = "dq", "order"
 
 
 def parse_name(text: Any) -> dict[str, Any]:
@@ -71,16 +71,14 @@ def _span(match: re.Match[str], grid: str) -> Granularity:
 
 
 def _option(text: str, option: str, values: dict[str, Any]) -> dict[str, Any]:
-    found = (
-        {"double_quant": True}
-        if option == _DOUBLE_QUANT
-        else {"scale_dtype": _SCALE_TYPES.get(option)}
-    )
+    flags = {_DOUBLE_QUANT: "double_quant", _ORDER: "input_order"}
+    found = {flags[option]: True} if option in flags else {"scale_dtype": _SCALE_TYPES.get(option)}
     if None in found.values():
-        allowed = ", ".join(f"+{name}" for name in (_DOUBLE_QUANT, *_SCALE_TYPES))
+        allowed = ", ".join(f"+{name}" for name in (*flags, *_SCALE_TYPES))
         raise ValueError(f"{text!r} has the option +{option}; allowed are {allowed}")
     if found.keys() & values.keys():
-        raise ValueError(f"{text!r} says twice what the scales are")
+        what = "the order of the columns" if option == _ORDER else "what the scales are"
+        raise ValueError(f"{text!r} says twice {what}")
     return found
 
 
@@ -101,6 +99,7 @@ def name_of_scheme(scheme: Any) -> str:
     options = f"+{_DOUBLE_QUANT}" if scheme.double_quant else ""
     if scheme.scale_dtype:
         options += f"+{_SHORT[scheme.scale_dtype]}"
+    options += f"+{_ORDER}" if scheme.input_order else ""
     return f"{base}{_span_name(scheme)}{mode}{options}"
 
 
@@ -124,7 +123,10 @@ def plain_of(values: dict[str, Any]) -> dict[str, Any]:
             granularity = {"kind": "row"}
         case _:
             granularity = {"kind": "tensor"}
-    return values | {"granularity": granularity, "mode": values["mode"].value}
+    plain = values | {"granularity": granularity, "mode": values["mode"].value}
+    if not plain["input_order"]:
+        del plain["input_order"]
+    return plain
 
 
 def fields_from(plain: Any, known: list[str]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Weight k of row n, computed in float32, with ``g = k // group``::
 
     w[n, k] = (v[code] - z[n, g]) * s[n, g]
 
+Where there is an ``input_order``, that is column ``input_order[k]`` of the matrix, and not ``k``.
+
 ``v[code]`` is ``codebook[code]`` where there is a codebook; else the code itself, unsigned where
 there are zero points, in two's complement where there are none. ``z`` is 0 without zero points.
 
@@ -20,6 +22,8 @@ there are zero points, in two's complement where there are none. ``z`` is 0 with
     floats ``[out, groups]``.
 ``codebook``, for the grids that have one
     Levels ``[1, 2**bits]``, or ``[out, 2**bits]`` where each row has its own.
+``input_order``, for schemes that have one
+    int32 ``[in]``: which column of the matrix each stored one is, every column once.
 """
 
 from __future__ import annotations
@@ -37,14 +41,15 @@ from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.ops import native
 from quantization.ops.dtypes import name_of, source_of
 from quantization.ops.native import Tensor
+from quantization.schemes.column_order import same_order
 from quantization.schemes.grids import WEIGHED, Matrix, encode_matrix
 from quantization.schemes.scheme import Scheme, checked_shape, scheme_of
 from quantization.schemes.stored_scales import restore
 
 __all__ = ["PARTS", "PackedWeights", "pack_matrix"]
 
-#: The tensors of a packed matrix, in the order in which the operators take them.
-PARTS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook")
+#: The tensors of a packed matrix; all but the last in the order in which the operators take them.
+PARTS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook", "input_order")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -59,6 +64,7 @@ class PackedWeights:
         scale_steps: float32 ``[out]``, or None.
         zero_points: uint8 or floats, or None.
         codebook: floats, or None.
+        input_order: int32 ``[in]``, or None.
         dtype: type of the weights, a torch dtype, NumPy dtype or name; None: that of the scales,
             or of the codebook where scales are codes, else float32. Kept as its name.
 
@@ -86,6 +92,7 @@ class PackedWeights:
     zero_points: Any = None
     codebook: Any = None
     dtype: Any = None
+    input_order: Any = None
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -168,7 +175,7 @@ class PackedWeights:
             PerGroup(self.scheme.group(self.shape[1])),
             dtype=wide,
         )
-        return native.cast(dequantize_linear(self._values(), params), out)
+        return self._in_order(native.cast(dequantize_linear(self._values(), params), out))
 
     @property
     def codes(self) -> Any:
@@ -183,6 +190,9 @@ class PackedWeights:
         dtype = "int8" if is_signed else "uint8"
         if native.is_meta(self.packed_weights):
             return native.filled(self.shape, 0, dtype, self.packed_weights)
+        return self._in_order(self._stored_codes(dtype))
+
+    def _stored_codes(self, dtype: str) -> Any:
         return unpack_weights(
             self.packed_weights,
             self.scheme.bits,
@@ -194,7 +204,8 @@ class PackedWeights:
 
     def _values(self) -> Any:
         """What scales multiply, after integer zero points: codes, levels or codes less zeros."""
-        codes = self.codes
+        is_signed = self.scheme.mode is Mode.Symmetric and not self.scheme.has_codebook
+        codes = self._stored_codes("int8" if is_signed else "uint8")
         if self.codebook is not None:
             book = native.to_array(native.cast(self.codebook, "float32"))
             places = native.to_array(codes)
@@ -208,6 +219,10 @@ class PackedWeights:
         else:
             return codes
         return native.as_tensor_like(levels, "float32", codes)
+
+    def _in_order(self, stored: Any) -> Any:
+        """Numbers of stored columns ``[out, in]``, each where its column is."""
+        return stored if self.input_order is None else stored[:, self.input_order.argsort()]
 
     @property
     def _has_float_zero_points(self) -> bool:
@@ -306,6 +321,7 @@ def pack_matrix(
         zero,
         coded.codebook,
         source.name,
+        same_order(weight, scheme),
     )
 
 
@@ -348,6 +364,7 @@ def _blank(weight: Tensor, scheme: Scheme) -> PackedWeights:
         name: native.filled(buffer.shape, int(name == "scales"), buffer.dtype, weight)
         for name, buffer in scheme.buffers(shape, dtype).items()
     }
+    parts |= {"input_order": same_order(weight, scheme)}
     return PackedWeights(scheme, shape, **parts, dtype=dtype)
 
 
@@ -356,7 +373,7 @@ def _check_part(name: str, tensor: Any, shape: tuple[int, ...], dtype: str) -> N
         raise TypeError(f"{name} must be a torch.Tensor or ndarray, not {type(tensor).__name__}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this scheme needs {shape}")
-    if dtype != "uint8":
+    if dtype not in ("uint8", "int32"):
         source_of(tensor.dtype, name)
-    elif name_of(tensor.dtype) != "uint8":
-        raise TypeError(f"{name} has dtype {name_of(tensor.dtype)}; this scheme needs uint8")
+    elif name_of(tensor.dtype) != dtype:
+        raise TypeError(f"{name} has dtype {name_of(tensor.dtype)}; this scheme needs {dtype}")

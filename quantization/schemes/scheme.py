@@ -42,7 +42,7 @@ class Buffer(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of its numbers."""
-        size = 1 if self.dtype == "uint8" else SOURCES[self.dtype].itemsize
+        size = {"uint8": 1, "int32": 4}.get(self.dtype) or SOURCES[self.dtype].itemsize
         return math.prod(self.shape) * size
 
 
@@ -64,6 +64,8 @@ class Scheme:
         scale_dtype: name of the type of the scales; None: the type of the weights. ``mxfp4``
             scales are exponents (uint8) and double quantized ones codes (uint8): None there.
         double_quant: whether the scales of a row of groups are uint8 codes under one float32 step.
+        input_order: whether the columns are stored in an order of their own, so that a group need
+            not be neighbours (GPTQ's act-order). What is quantized here keeps the order it has.
 
     Raises:
         TypeError: for a field of the wrong type.
@@ -94,6 +96,7 @@ class Scheme:
     zero_point: str = "integer"
     scale_dtype: str | None = None
     double_quant: bool = False
+    input_order: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", index_of(self.bits, "bits"))
@@ -184,8 +187,8 @@ class Scheme:
         ``int8``; then ``g<size>`` for groups, ``r`` for rows or ``t`` for the tensor (left out:
         rows, groups of 64 for ``nf4`` and ``fp4``, the tensor for ``kmeans``); then ``a`` for
         asymmetric, ``af`` with float zero points, ``s`` or nothing for symmetric; then options:
-        ``+dq``, double quantization, and ``+f32``, ``+f64``, ``+f16`` or ``+bf16``, the type of
-        the scales.
+        ``+dq``, double quantization, ``+f32``, ``+f64``, ``+f16`` or ``+bf16``, the type of the
+        scales, and ``+order``, columns in an order of their own.
 
         Raises:
             TypeError: if ``text`` is no string.
@@ -213,6 +216,8 @@ class Scheme:
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values (numbers, strings, None), fit for JSON.
+
+        ``input_order`` is there only where it is true: readers that do not know it read the rest.
 
         Example:
             >>> Scheme.nf4().to_dict()["granularity"]
@@ -319,6 +324,8 @@ class Scheme:
             made["zero_points"] = Buffer((rows, groups), layer)
         elif self.mode is Mode.Asymmetric:
             made["zero_points"] = Buffer((rows, -(-groups * self.bits // 8)), "uint8")
+        if self.input_order:
+            made["input_order"] = Buffer((cols,), "int32")
         if self.has_codebook:
             per_row = self.grid == "kmeans" and isinstance(self.granularity, PerDimension)
             made["codebook"] = Buffer((rows if per_row else 1, 2**self.bits), layer)

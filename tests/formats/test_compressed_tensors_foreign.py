@@ -112,5 +112,11 @@ def test_g_idx_is_followed_or_refused(tmp_path: Path, rng: np.random.Generator) 
     assert_same(read(torch.arange(96) // 32), packed)
     turned = read(2 - torch.arange(96) // 32)
     assert torch.equal(turned.scales, packed.scales.flip(1))
-    with pytest.raises(FormatError, match=r"up.weight_g_idx scatters groups"):
-        read(torch.arange(96) % 3)
+    sorted_columns, back = read(torch.arange(96) % 3), torch.arange(96).view(32, 3).t().flatten()
+    assert torch.equal(sorted_columns.input_order, back.int())
+    assert torch.equal(sorted_columns.codes, packed.codes)
+    place = torch.arange(96) % 3
+    exact = (packed.codes - packed.integer_zero_points()[:, place]) * packed.scales[:, place]
+    assert torch.equal(sorted_columns.dequantize(), exact)
+    with pytest.raises(FormatError, match=r"up.weight_g_idx gives groups other sizes than 32"):
+        read((torch.arange(96) % 4).clamp_max(2))

@@ -14,8 +14,8 @@ from quantization.checkpoint.stored_model import StoredLayer, StoredModel, store
 from quantization.formats import FORMATS, FormatError, reader, writer
 from quantization.formats.integers import (
     Integers,
-    group_order,
     integers_of,
+    order_of,
     packed_of,
     why_not,
     width_of,
@@ -83,16 +83,18 @@ def test_integers_that_are_none_are_told() -> None:
         integers_of(pack_matrix(torch.empty(2, 2, device="meta"), "w4"), 4)
 
 
-def test_group_order() -> None:
-    def order(*places: int) -> list[int] | None:
-        found = group_order(torch.tensor(places), 2, 2, "a.g_idx")
-        return None if found is None else found.tolist()
+def test_order_of() -> None:
+    def order(*places: int) -> tuple[list[int] | None, list[int] | None]:
+        found = order_of(torch.tensor(places), 2, 2, "a.g_idx")
+        parts = (found.groups, found.columns)
+        return tuple(None if part is None else part.tolist() for part in parts)
 
-    assert order(0, 0, 1, 1) is None and order(0, 0, 1) is None
-    assert order(1, 1, 0, 0) == [1, 0] and order(1, 1, 1, 1) == [1, 1]
-    for scattered in ((0, 1, 0, 1), (0, 0, 0, 1), (1, 0, 0, 1)):
-        with pytest.raises(FormatError, match=r"a.g_idx scatters"):
-            order(*scattered)
+    assert order(0, 0, 1, 1) == order(0, 0, 1) == order() == (None, None)
+    assert order(1, 1, 0, 0) == ([1, 0], None) and order(1, 1, 1, 1) == ([1, 1], None)
+    assert order(0, 1, 0, 1) == (None, [0, 2, 1, 3]) and order(1, 0, 0) == (None, [1, 2, 0])
+    for uneven in ((0, 0, 0, 1), (1, 0, 1), (0, 1, 1)):
+        with pytest.raises(FormatError, match=r"a.g_idx gives groups other sizes than 2 columns"):
+            order(*uneven)
     for outside in ((0, 0, 2, 2), (-1, -1, 0, 0)):
         with pytest.raises(FormatError, match=r"a.g_idx names a group that is none of the 2"):
             order(*outside)

@@ -133,10 +133,25 @@ def test_groups_in_another_order_are_kept_by_their_scales(
     check(stored, "a", weight)
 
 
-def test_act_order_is_refused(tmp_path: Path, rng: np.random.Generator) -> None:
-    tensors, _ = layer_of(rng, places=rng.permutation(np.arange(64) // 32))
+@pytest.mark.parametrize(("bits", "group", "cols"), [(4, 32, 64), (3, 64, 160), (8, 16, 96)])
+@pytest.mark.parametrize("sym", [False, True])
+def test_act_order_keeps_every_number_and_multiplies_by_them(
+    sym: bool, bits: int, group: int, cols: int, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    places = rng.permutation(np.arange(cols) // group)
+    tensors, weight = layer_of(rng, bits, group, cols, sym=sym, places=places)
+    settings = SETTINGS | {"bits": bits, "group_size": group, "desc_act": True}
+    stored = read_gptq(write_folder(tmp_path, {"a": tensors}, settings))
+    assert check(stored, "a", weight).input_order
+    layer, x = stored.layers["a"].module(), torch.randn(3, cols, dtype=torch.float64)
+    exact = x @ torch.from_numpy(weight.astype(np.float32)).double().T
+    torch.testing.assert_close(layer(x), exact, rtol=1e-12, atol=1e-12)
+
+
+def test_uneven_groups_are_refused(tmp_path: Path, rng: np.random.Generator) -> None:
+    tensors, _ = layer_of(rng, places=rng.permutation([0] * 31 + [1] * 33))
     folder = write_folder(tmp_path, {"a": tensors}, SETTINGS | {"desc_act": True})
-    with pytest.raises(FormatError, match=r"a\.g_idx scatters groups.*static groups"):
+    with pytest.raises(FormatError, match=r"a\.g_idx gives groups other sizes than 32 columns"):
         read_gptq(folder)
 
 
