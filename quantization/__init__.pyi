@@ -1,6 +1,12 @@
 """The public names and where they come from: read by type checkers, and by the package itself."""
 
 from quantization.calibration.calibrate import calibrate as calibrate
+from quantization.calibration.evaluate import (
+    Divergence as Divergence,
+    Perplexity as Perplexity,
+    divergence as divergence,
+    perplexity as perplexity,
+)
 from quantization.calibration.files import (
     load_statistics as load_statistics,
     save_statistics as save_statistics,

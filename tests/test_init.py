@@ -29,6 +29,7 @@ sys.meta_path.insert(0, Block())
 
 NEED_TORCH = {
     "quantization.calibration.calibrate",
+    "quantization.calibration.evaluate",
     "quantization.calibration.files",
     "quantization.checkpoint",
     "quantization.swap.experts",

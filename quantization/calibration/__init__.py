@@ -6,10 +6,15 @@ divergence(quantized, model, batches)
 """
 
 from quantization.calibration.calibrate import calibrate
+from quantization.calibration.evaluate import Divergence, Perplexity, divergence, perplexity
 from quantization.calibration.files import load_statistics, save_statistics
 
 __all__ = [
+    "Divergence",
+    "Perplexity",
     "calibrate",
+    "divergence",
     "load_statistics",
+    "perplexity",
     "save_statistics",
 ]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quantization.calibration.calls import call, output_of, takes
 
-__all__ = ["Made", "is_causal", "made_up", "position_of", "vocabulary_of"]
+__all__ = ["Made", "batch_of", "is_causal", "made_up", "position_of", "vocabulary_of"]
 
 _CAUSAL, _OTHER, _WRITTEN = (8, 512), (512, 24), (16, 256)  # sequences x tokens
 _AT_ONCE = 512  # tokens of a batch, about
@@ -28,7 +28,7 @@ class Made:
         """The ids as the model takes them, about :data:`_AT_ONCE` tokens each."""
         pads = getattr(getattr(model, "config", None), "pad_token_id", 0) is not None
         rows = max(1, _AT_ONCE // self.ids.shape[1]) if pads else 1  # some take several only then
-        return [_batch(model, part) for part in self.ids.split(rows)]
+        return [batch_of(model, part) for part in self.ids.split(rows)]
 
 
 def made_up(
@@ -115,7 +115,7 @@ def is_causal(model: nn.Module, vocabulary: int) -> bool:
     ids = _draw(vocabulary, (1, 4), torch.Generator().manual_seed(0))
     other = ids.clone()
     other[0, -1] = (other[0, -1] + 1) % vocabulary
-    first, second = (output_of(call(model, _batch(model, each))) for each in (ids, other))
+    first, second = (output_of(call(model, batch_of(model, each))) for each in (ids, other))
     if first.ndim != 3 or first.shape[1] != 4:
         return False
     change = (first - second)[0].abs().amax(-1)
@@ -132,8 +132,13 @@ def _draw(vocabulary: int, shape: tuple[int, int], generator: torch.Generator) -
     return torch.randint(vocabulary, shape, generator=generator)
 
 
-def _batch(model: nn.Module, ids: Tensor) -> Any:
-    """Ids as a model's forward takes them: by name where it has the names of transformers."""
+def batch_of(model: nn.Module, ids: Tensor) -> Any:
+    """Ids as a model's forward takes them: by name where it has the names of transformers.
+
+    Example:
+        >>> batch_of(nn.Embedding(4, 2), torch.tensor([[1, 3]]))
+        (tensor([[1, 3]]),)
+    """
     ids = ids.to(position_of(model))
     if not takes(model, "input_ids"):
         return (ids,)
@@ -149,7 +154,7 @@ def _batch(model: nn.Module, ids: Tensor) -> Any:
 
 def _logits_of(model: nn.Module, ids: Tensor) -> Tensor | None:
     """Logits [sequences, tokens, vocabulary] of a model that gives them, else None."""
-    result = call(model, _batch(model, ids))
+    result = call(model, batch_of(model, ids))
     logits = output_of(result)
     if logits.ndim != 3 or (hasattr(result, "last_hidden_state") and not hasattr(result, "logits")):
         return None

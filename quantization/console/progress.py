@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sized
+from contextlib import contextmanager, nullcontext
+from typing import TypeVar
 
-__all__ = ["Progress", "progress"]
+__all__ = ["Progress", "progress", "shown"]
+
+Item = TypeVar("Item")
 
 #: Called with (done, total) while something goes on.
 Progress = Callable[[int, int], None]
@@ -45,6 +48,37 @@ def progress(label: str, unit: str = "it") -> Iterator[Progress]:
             bar.update(done - bar.n)
 
         yield show
+
+
+@contextmanager
+def shown(
+    wanted: Progress | bool | None, label: str, items: Iterable[Item]
+) -> Iterator[Iterable[Item]]:
+    """The same items, with a word after each of how far they are, if that is wanted.
+
+    Args:
+        wanted: True for a bar, a function to call, or None; nothing is told of items without len().
+        label: what goes on.
+        items: what is gone through.
+
+    Example:
+        >>> with shown(print, "reading", "ab") as letters:
+        ...     "".join(letters)
+        1 2
+        2 2
+        'ab'
+    """
+    if not wanted or not isinstance(items, Sized):
+        yield items
+        return
+    with progress(label) if wanted is True else nullcontext(wanted) as show:
+
+        def told() -> Iterator[Item]:
+            for done, item in enumerate(items, start=1):
+                yield item
+                show(done, len(items))
+
+        yield told()
 
 
 def _tenths(label: str) -> Progress:
