@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from quantization.checkpoint.disk.json_files import CheckpointError, read_json
+from quantization.checkpoint.disk.json_files import CheckpointError, parse_any, read_json, read_text
 from quantization.checkpoint.disk.safetensors_files import INDEX, TensorFolder
 from quantization.checkpoint.disk.stored_tensor import key_of
 from quantization.checkpoint.format import CONFIG, FILE
@@ -205,8 +204,8 @@ def inner_files(folder: Path) -> tuple[dict[str, Path], tuple[str, ...]]:
 def _modules_of(folder: Path) -> set[Path]:
     """The sub-folders that a ``modules.json`` names."""
     try:
-        plain = json.loads((folder / _MODULES).read_bytes())
-    except (OSError, ValueError, RecursionError):
+        plain = parse_any(read_text(folder / _MODULES), _MODULES)
+    except (OSError, CheckpointError):
         return set()
     entries = plain if isinstance(plain, list) else []
     paths = [entry.get("path") for entry in entries if isinstance(entry, dict)]

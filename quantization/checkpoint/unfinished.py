@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from quantization.checkpoint.disk.files import sync
+from quantization.checkpoint.disk.files import in_place, is_at, sync
 from quantization.checkpoint.disk.json_files import CheckpointError, read_json
 
 __all__ = ["FILES", "keep_only", "partial_folder", "unfinished"]
@@ -39,21 +39,37 @@ def unfinished(destination: Path, key: str, restart: bool, *, is_first: bool) ->
         yield folder
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o666)
+    lock = _lock(folder.with_suffix(".lock"), destination)
     try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise CheckpointError(f"another process writes {destination}") from None
         _resume_or_begin(folder, key, restart)
         yield folder
-        _clear(folder)
-        folder.with_suffix(".lock").unlink(missing_ok=True)
+        with in_place(destination):
+            _clear(folder)
+        with in_place(destination):
+            folder.with_suffix(".lock").unlink(missing_ok=True)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             shutil.rmtree(folder, ignore_errors=True)  # a full disk needs the room
         raise
     finally:
+        os.close(lock)
+
+
+def _lock(path: Path, destination: Path) -> int:
+    """The lock file, open and held by this process alone.
+
+    Who ends removes the file. Who had opened it before, and locks it after, holds a file that
+    nobody else can find: that is no lock.
+    """
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)
+            raise CheckpointError(f"another process writes {destination}") from None
+        if is_at(lock, path):
+            return lock
         os.close(lock)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from quantization.ops.dtypes import SOURCES
 from quantization.schemes.checks import PER_ROW
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
+from quantization.swap.regular import Regular, RegularError
 
 __all__ = [
     "SETTINGS",
@@ -215,20 +216,23 @@ def granularity_of(group: int | None) -> Granularity:
     return PER_ROW if group is None else PerGroup(group)
 
 
+_regular = lru_cache(256)(Regular)
+
+
 def is_named(name: str, pattern: str, what: str) -> bool:
     """Whether a regular expression of the settings fits the begin of a name.
 
     Raises:
-        FormatError: if it is none.
+        FormatError: if it is none, or takes too long.
 
     Example:
         >>> is_named("0.down", ".*down", "config.json")
         True
     """
     try:
-        return re.match(pattern, name) is not None
-    except re.error as error:
-        raise FormatError(f"{what}: {pattern!r:.80} is no pattern: {error}") from None
+        return _regular(pattern).match(name)
+    except RegularError as error:
+        raise FormatError(f"{what}: {error}") from None
 
 
 def _either(names: tuple[str, ...]) -> str:

@@ -40,8 +40,9 @@ def is_torch(value: object) -> TypeIs[torch.Tensor]:
 
 
 def is_tensor(value: object) -> TypeIs[Tensor]:
-    """Whether ``value`` is a torch tensor or a plain ndarray."""
-    return is_torch(value) or isinstance(value, np.ndarray)
+    """Whether ``value`` is a torch tensor or a plain ndarray: the mask of another would be lost."""
+    is_array = isinstance(value, np.ndarray) and not isinstance(value, np.ma.MaskedArray)
+    return is_torch(value) or is_array
 
 
 def is_meta(value: object) -> bool:
@@ -50,7 +51,7 @@ def is_meta(value: object) -> bool:
 
 
 def check_tensor(value: object, what: str) -> None:
-    """Raise TypeError unless ``value`` is a torch tensor with one shape or an ndarray."""
+    """Raise TypeError unless ``value`` is a torch tensor with one shape or a plain ndarray."""
     if not is_tensor(value):
         raise TypeError(
             f"{what} must be a torch.Tensor or numpy.ndarray, not {type(value).__name__}"
@@ -68,7 +69,7 @@ def to_array(tensor: Tensor, what: str = "tensor") -> Array:
     """
     if is_torch(tensor):
         return _torch_to_array(tensor, what)
-    if not isinstance(tensor, np.ndarray) or isinstance(tensor, np.ma.MaskedArray):
+    if not is_tensor(tensor):
         raise TypeError(
             f"{what} must be a torch.Tensor or numpy.ndarray, not {type(tensor).__name__}"
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from quantization.swap.regular import Regular
 from quantization.swap.walker import Site, inherit
 
 #: What may name modules: a name, a glob, ``re:...``, a module type, or predicate(name, module).
@@ -79,11 +80,8 @@ def _compile(pattern: Any) -> Callable[[Site], bool]:
 
 def _compile_text(pattern: str) -> Callable[[Site], bool]:
     if pattern.startswith("re:"):
-        try:
-            search = re.compile(pattern.removeprefix("re:")).search
-        except re.error as error:
-            raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
-        return lambda site: search(site.name) is not None
+        regular = Regular(pattern.removeprefix("re:"))
+        return lambda site: regular.search(site.name)
     if any(sign in pattern for sign in "*?["):
         glob = re.compile(fnmatch.translate(pattern)).match
         return lambda site: (

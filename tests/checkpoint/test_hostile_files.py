@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
 from collections.abc import Callable
@@ -16,12 +17,20 @@ from safetensors.torch import save_file
 
 from quantization import load_quantized, quantize_checkpoint, save_quantized
 from quantization.checkpoint import CheckpointError, verify_checkpoint
-from quantization.checkpoint.disk.safetensors_files import TensorFolder, TensorWriter, read_header
+from quantization.checkpoint.disk.safetensors_files import (
+    TensorFile,
+    TensorFolder,
+    TensorWriter,
+    read_header,
+)
 from quantization.checkpoint.format import sealed
 from tests.checkpoint_models import float_folder, net, quantized_net
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
+
+
+FILE = "model.safetensors"
 
 
 def write_raw(path: Path, header: Any, data: bytes = b"\0" * 16, length: int | None = None) -> Path:
@@ -57,6 +66,9 @@ HEADERS: dict[str, tuple[Any, str]] = {
     "control": ({"a\0b": entry()}, "control characters"),
     "metadata": ({"__metadata__": {"a": 1}, "a": entry()}, "metadata of the header are not texts"),
     "zero times huge": ({"a": entry((0, 10**12), (0, 16))}, "0 bytes, and its place has 16"),
+    "huge times zero": ({"a": entry((2**62, 0), (0, 0))}, "without numbers sizes up to 16777216"),
+    "beyond int64": ({"a": entry((0, 2**63), (0, 0))}, "without numbers sizes up to 16777216"),
+    "dimensions": ({"a": entry([1] * 5000, (0, 4))}, "at most 64 dimensions are read"),
 }
 
 
@@ -70,6 +82,64 @@ def test_headers_that_lie(case: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         quantize_checkpoint(tmp_path, tmp_path / "new", "w4")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        (".weight", "has '' among its names"),
+        ("", "has '' among its names"),
+        ("training", "has 'training' among its names"),
+        ("a._modules.weight", "has '_modules' among its names"),
+        ("a." * 5000 + "b", "has 5001 names; there are at most 100"),
+        ("." * 5000, "among its names"),
+    ],
+)
+def test_keys_that_no_module_can_have(key: str, message: str, tmp_path: Path) -> None:
+    write_raw(tmp_path / "model.safetensors", {key: entry()})
+    with pytest.raises(CheckpointError, match=message):
+        quantize_checkpoint(tmp_path, tmp_path / "new", "w4")
+
+
+@pytest.mark.parametrize("shape", [(2**24, 0), (0, 2**24), (0, 5), (0,)])
+def test_tensors_without_numbers_pass(shape: tuple[int, ...], tmp_path: Path) -> None:
+    write_raw(tmp_path / "model.safetensors", {"a.weight": entry(shape, (0, 0))}, b"")
+    quantize_checkpoint(tmp_path, tmp_path / "new", "w4g32")
+    assert verify_checkpoint(tmp_path / "new") >= 0
+
+
+@pytest.mark.parametrize("name", [FILE, "other.safetensors", "config.json", "modules.json"])
+def test_pipes_are_not_waited_for(name: str, tmp_path: Path) -> None:
+    source = float_folder(tmp_path / "float")
+    (source / name).unlink(missing_ok=True)
+    os.mkfifo(source / name)
+    if name == "modules.json":
+        quantize_checkpoint(source, tmp_path / "new", "w4")
+    elif name.endswith(".safetensors"):
+        with pytest.raises(CheckpointError, match=f"{name} is no regular file"):
+            TensorFile(source / name)
+
+
+@pytest.mark.parametrize("given", [5, "LlamaForCausalLM", {"a": 1}, [5], [None]])
+def test_architectures_that_are_no_names(given: Any, tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    source = float_folder(tmp_path / "float")
+    config = {"model_type": "llama", "architectures": given}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match=r"config\.json: architectures is .*; expected a list"
+    ):
+        quantize_checkpoint(source, tmp_path / "new", "w4")
+
+
+@pytest.mark.parametrize("wrong", [{"hidden_size": "x"}, {"num_attention_heads": 0}])
+def test_configs_that_make_no_model(wrong: dict[str, Any], tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    source = float_folder(tmp_path / "float")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **wrong}
+    (source / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"can make no model of .*config\.json: "):
+        quantize_checkpoint(source, tmp_path / "new", "w4")
 
 
 @pytest.mark.parametrize("length", [2**63, 2**64 - 1, 10**9, 60])
@@ -127,7 +197,6 @@ def layer(plain: dict[str, Any]) -> dict[str, Any]:
     return plain["layers"]["blocks.1.inner"]
 
 
-FILE = "model.safetensors"
 DOCUMENTS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "later version": (edit(lambda p: p.update(format_version=2)), "needs format version 2"),
     "no version": (edit(lambda p: p.pop("format_version")), "has the format version None"),

@@ -158,7 +158,7 @@ def test_tensors_of_another_form_are_named(
             {"config_groups": {"g": {"targets": ["x"], "weights": {}}}},
             "no config group targets",
         ),
-        ({}, {"config_groups": {"g": {"targets": ["re:("], "weights": {}}}}, "is no pattern"),
+        ({}, {"config_groups": {"g": {"targets": ["re:("], "weights": {}}}}, "is no regular"),
         ({}, {"transform_config": {"config_groups": {"u": {}}}}, r"\(transform_config\)"),
         ({}, {"kv_cache_scheme": {"num_bits": 8}}, r"\(kv_cache_scheme\)"),
         ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "is sparse as well"),

@@ -388,3 +388,6 @@ def test_what_group_refuses() -> None:
         ungroup(np.ones((2, 6)))
     with pytest.raises(TypeError, match=r"groups must be a torch.Tensor or .*, not list"):
         ungroup([1, 2])
+    for call in (lambda masked: group(masked, 2), ungroup):
+        with pytest.raises(TypeError, match=r"must be a torch.Tensor or .*, not MaskedArray"):
+            call(np.ma.masked_array(np.ones((2, 6))))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import os
+import secrets
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -15,13 +19,18 @@ __all__ = [
     "below",
     "digest_of",
     "free_place",
+    "in_place",
+    "is_at",
     "member",
     "names_below",
     "new_file",
     "new_folder",
     "put_in_place",
+    "regular",
     "sync",
 ]
+
+_LENGTH = 12  # of what tells the temporary names beside a path apart
 
 
 @contextmanager
@@ -29,7 +38,7 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     """A folder beside ``path`` to fill, which takes that name once the block ends without error.
 
     On an error it is removed, and what was at ``path`` is as it was. All files are on the disk
-    before the name is given.
+    before the name is given. What a killed process left beside ``path`` is removed by the next.
 
     Args:
         path: where the folder is to be.
@@ -48,14 +57,9 @@ def new_folder(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iter
     """
     path = free_place(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    try:
-        folder.chmod(0o777 & ~_umask())
+    with _temporary(path, Path.mkdir) as folder:
         yield folder
         put_in_place(folder, free_place(path, overwrite=overwrite))
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def free_place(path: str | os.PathLike[str], *, overwrite: bool = False) -> Path:
@@ -85,20 +89,28 @@ def put_in_place(folder: Path, path: Path) -> None:
     """Give a finished folder its name; an older folder of that name is removed.
 
     Where the system can exchange two names at once, there is always one whole folder of that name.
+    What fails once the folder has its name is a warning.
     """
     for file in folder.rglob("*"):
-        sync(file)
+        if file.is_file() or file.is_dir():
+            sync(file)
     sync(folder)
+    old = None
     if not path.exists() or not any(path.iterdir()):
         folder.rename(path)
     elif _exchange(folder, path):
-        shutil.rmtree(folder)
+        old = folder
     else:
-        _replace_in_two_steps(folder, path)
-    sync(path.parent)
+        old = _replace_in_two_steps(folder, path)
+    with in_place(path):
+        sync(path.parent)
+    with in_place(path):
+        if old is not None:
+            shutil.rmtree(old)
 
 
-def _replace_in_two_steps(folder: Path, path: Path) -> None:
+def _replace_in_two_steps(folder: Path, path: Path) -> Path:
+    """Where what was at ``path`` is now."""
     old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
     try:
         path.rename(old / "old")
@@ -111,7 +123,7 @@ def _replace_in_two_steps(folder: Path, path: Path) -> None:
         with suppress(OSError):
             old.rmdir()  # if it is empty: nothing is ever lost
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    return old
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -140,18 +152,105 @@ def new_file(path: str | os.PathLike[str], *, overwrite: bool = False) -> Iterat
         what = "is a folder" if path.is_dir() else "is there; overwrite=True replaces it"
         raise FileExistsError(f"{path} {what}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    temporary = Path(name)
-    try:
+    with _temporary(path, Path.touch) as temporary:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
         sync(temporary)
         temporary.replace(path)
-        sync(path.parent)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        with in_place(path):
+            sync(path.parent)
+
+
+# ---- what a killed process leaves ------------------------------------------------------------
+
+
+@contextmanager
+def _temporary(path: Path, make: Callable[[Path], None]) -> Iterator[Path]:
+    """Something new beside ``path``, gone after the block unless it has another name by then.
+
+    It is locked meanwhile, so that what of that kind is not locked was left by a killed process,
+    and is removed.
+    """
+    for left in _siblings(path):
+        _remove_if_left(left)
+    made, lock = _make_locked(path, make)
+    try:
+        yield made
+    finally:
+        _remove(made)
+        os.close(lock)
+
+
+def _make_locked(path: Path, make: Callable[[Path], None]) -> tuple[Path, int]:
+    while True:
+        made = path.with_name(f".{path.name}.{secrets.token_hex(_LENGTH // 2)}.tmp")
+        make(made)  # with the rights that the system gives to any new file
+        try:
+            lock = os.open(made, os.O_RDONLY)
+        except FileNotFoundError:
+            continue  # another save took it for left: it was there and not locked yet
+        with suppress(OSError):  # a file system without locks: nothing is removed there
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        if is_at(lock, made):
+            return made, lock
+        os.close(lock)
+
+
+def _siblings(path: Path) -> list[Path]:
+    begin, end = f".{path.name}.", ".tmp"
+    try:
+        names = os.listdir(path.parent)
+    except OSError:
+        return []
+    return [
+        path.with_name(name)
+        for name in names
+        if name.startswith(begin) and name.endswith(end)
+        and len(name) == len(begin) + _LENGTH + len(end)
+    ]  # fmt: skip
+
+
+def _remove_if_left(left: Path) -> None:
+    with suppress(OSError):
+        lock = os.open(left, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if is_at(lock, left):
+                _remove(left)
+        finally:
+            os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    with suppress(OSError):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
+
+
+def is_at(handle: int, path: Path) -> bool:
+    """Whether an open file is still what is at ``path``: it may have been removed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(handle), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+@contextmanager
+def in_place(path: Path) -> Iterator[None]:
+    """Errors of the block become warnings: what it follows on has succeeded.
+
+    Example:
+        >>> with in_place(Path("model")):
+        ...     Path("model/left").rmdir()  # doctest: +SKIP
+    """
+    try:
+        yield
+    except OSError as error:
+        warnings.warn(
+            f"{path} is whole and in its place; what was to be done after that failed: {error}",
+            stacklevel=3,
+        )
 
 
 def member(folder: str | os.PathLike[str], name: object) -> Path:
@@ -214,6 +313,25 @@ def names_below(folder: Path) -> set[str]:
     return names
 
 
+def regular(path: Path) -> os.stat_result:
+    """What the system knows of a file, before it is opened: opening a pipe waits for a writer.
+
+    Raises:
+        OSError: if there is nothing at ``path``.
+        ValueError: if it is a folder, a pipe, a device or a socket.
+
+    Example:
+        >>> regular(Path("/dev/null"))
+        Traceback (most recent call last):
+            ...
+        ValueError: /dev/null is no regular file
+    """
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError(f"{path} is no regular file")
+    return found
+
+
 def digest_of(path: Path) -> tuple[int, str]:
     """The bytes of a file, and the sha256 of them."""
     with path.open("rb") as file:
@@ -228,9 +346,3 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

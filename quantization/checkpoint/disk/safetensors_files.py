@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from quantization.checkpoint.disk.files import member
+from quantization.checkpoint.disk.files import member, regular
 from quantization.checkpoint.disk.json_files import CheckpointError, parse_json, read_json
 from quantization.checkpoint.disk.stored_tensor import StoredTensor
 
@@ -50,6 +50,8 @@ _DTYPES = {
 _NAMES = {name: short for short, name in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes, as the library has it
 _ALIGNMENT = 64
+_MOST_DIMENSIONS = 64  # as many as arrays of NumPy have
+_LARGEST_EMPTY = 1 << 24  # size of a tensor without numbers, whose bytes bound nothing
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
         (2, 3)
     """
     path = Path(path)
-    nbytes = path.stat().st_size
+    try:
+        nbytes = regular(path).st_size
+    except ValueError as error:
+        raise CheckpointError(str(error)) from None
     with path.open("rb") as file:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
@@ -130,12 +135,18 @@ def _entry(path: Path, key: str, value: Any, begin: int) -> Entry:
         )
     if not all(type(size) is int and size >= 0 for size in shape) or not 0 <= first <= last:
         raise CheckpointError(
-            f"{path}: {key} has a negative or broken size: {shape}, {first}..{last}"
+            f"{path}: {key} has a negative or broken size: {shape!s:.200}, {first}..{last}"
         )
     size = math.prod(shape) * getattr(torch, _DTYPES[dtype]).itemsize
     if size != last - first:
         raise CheckpointError(
-            f"{path}: {key} is {dtype} {shape}, {size} bytes, and its place has {last - first}"
+            f"{path}: {key} is {dtype} {shape!s:.200}, {size} bytes, "
+            f"and its place has {last - first}"
+        )
+    if len(shape) > _MOST_DIMENSIONS or (not size and max(shape) > _LARGEST_EMPTY):
+        raise CheckpointError(
+            f"{path}: {key} has the shape {shape!s:.200}; at most {_MOST_DIMENSIONS} dimensions "
+            f"are read, and in tensors without numbers sizes up to {_LARGEST_EMPTY}"
         )
     return Entry(_DTYPES[dtype], tuple(shape), begin + first, begin + last)
 

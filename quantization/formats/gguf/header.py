@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from quantization.checkpoint.disk.files import regular
 from quantization.formats.errors import FormatError
 from quantization.ops.extras import need
 
@@ -26,6 +27,7 @@ _STRING, _ARRAY, _UINT32 = 8, 9, 4
 _FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _FEWEST_BYTES = {"values of metadata": 13, "tensors": 24, "strings": 8}
 _MOST_DIMENSIONS = 4
+_LARGEST_EMPTY = 1 << 24  # size of a tensor without numbers, whose bytes bound nothing
 _ALIGNMENT = "general.alignment"
 _DTYPES = {"F32": "<f4", "F16": "<f2", "F64": "<f8", "BF16": "<u2"}
 _DTYPES |= {f"I{8 * size}": f"<i{size}" for size in (1, 2, 4, 8)}
@@ -70,6 +72,10 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     gguf, path = need("gguf", "gguf"), Path(path)
     if path.is_dir():
         raise FormatError(f"{path} is a folder, no GGUF file")
+    try:
+        regular(path)
+    except ValueError as error:
+        raise FormatError(f"{error}, so no GGUF file") from None
     with path.open("rb") as stream:
         if stream.read(len(_MAGIC)) != _MAGIC:
             raise FormatError(f"{path} is no GGUF file: it does not start with {_MAGIC!r}")
@@ -197,6 +203,8 @@ class _Walk:
         kind, start = self._read("IQ")
         if kind not in self.kinds:
             raise FormatError(f"the tensor {name} is of the unknown type {kind}")
+        if 0 in shape and max(shape) > _LARGEST_EMPTY:
+            raise FormatError(f"the tensor {name} has no numbers, and the shape {shape}")
         if start % self.alignment:
             raise FormatError(f"the tensor {name} is at {start}, no multiple of {self.alignment}")
         type_name, length, size = self.kinds[kind]

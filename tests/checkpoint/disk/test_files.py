@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -83,3 +86,62 @@ def test_names_stay_in_their_folder(name: object, tmp_path: Path) -> None:
         member(tmp_path, name)
     with pytest.raises(FileNotFoundError, match="has no file x"):
         member(tmp_path, "x")
+
+
+# ---- processes that were killed, threads that look on -----------------------------------------
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+def test_what_a_killed_save_left_is_removed_by_the_next(make: Any, tmp_path: Path) -> None:
+    child = os.fork()
+    if child == 0:
+        with make(tmp_path / "model") as made:
+            assert made.exists()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    (left,) = names(tmp_path)
+    (tmp_path / ".model.other.tmp").touch()  # of somebody else
+    with make(tmp_path / "model"), make(tmp_path / "model", overwrite=True):
+        assert left not in names(tmp_path) and len(names(tmp_path)) == 3  # the other save goes on
+        (tmp_path / "probe").touch()
+    assert names(tmp_path) == [".model.other.tmp", "model", "probe"]
+
+
+@pytest.mark.parametrize("make", [new_folder, new_file])
+def test_the_umask_is_obeyed_and_never_opened(make: Any, tmp_path: Path, monkeypatch) -> None:
+    before = os.umask(0o027)
+    monkeypatch.setattr(os, "umask", None)  # it is of the whole process
+    try:
+        with make(tmp_path / "model"):
+            pass
+        assert (tmp_path / "model").stat().st_mode & 0o777 in (0o750, 0o640)
+    finally:
+        monkeypatch.undo()
+        os.umask(before)
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_what_fails_after_the_replacing_is_a_warning(
+    can_exchange: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr(files, "_exchange", lambda a, b: False)
+    with new_folder(tmp_path / "model") as folder:
+        (folder / "x").write_text("old")
+
+    def fail(*args: Any, **options: Any) -> None:
+        raise PermissionError("not yours")
+
+    monkeypatch.setattr(files.shutil, "rmtree", fail)
+    with (
+        pytest.warns(UserWarning, match=r"model is whole and in its place; .* failed: not yours"),
+        new_folder(tmp_path / "model", overwrite=True) as folder,
+    ):
+        (folder / "x").write_text("new")
+    assert (tmp_path / "model/x").read_text() == "new"
+
+
+def test_a_pipe_in_a_folder_is_not_waited_for(tmp_path: Path) -> None:
+    with new_folder(tmp_path / "model") as folder:
+        os.mkfifo(folder / "pipe")
+    assert names(tmp_path / "model") == ["pipe"]
