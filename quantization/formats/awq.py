@@ -1,10 +1,10 @@
-"""AWQ checkpoints (AutoAWQ, GPTQModel, transformers) of version ``gemm``: read.
+"""AWQ checkpoints (AutoAWQ, GPTQModel, AutoRound, transformers) of version ``gemm``: read.
 
 Of a layer of ``in`` features and ``out`` rows there are:
 
 ``qweight`` int32 ``[in, out / 8]``
     Eight codes of 4 bits each, of neighbouring rows in the order 0, 2, 4, 6, 1, 3, 5, 7, the first
-    in the lowest bits.
+    in the lowest bits. AutoRound's 5, 6 and 7 bits are one dense stream in that order.
 ``qzeros`` int32 ``[in / group_size, out / 8]``
     Zero points in the same order, as they are.
 ``scales`` ``[in / group_size, out]``
@@ -26,14 +26,16 @@ import torch
 
 from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
-from quantization.formats.columns import groups_of, layer_of, scales_of
+from quantization.formats import auto_round
+from quantization.formats.columns import groups_of, layer_of, scales_of, sizes_of
 from quantization.formats.errors import FormatError
 from quantization.formats.folders import Folder, open_folder
 from quantization.numerics.weight_packing import unpack_weights
 
 __all__ = ["read_awq"]
 
-BITS, VERSION = 4, "gemm"
+VERSION = "gemm"
+_WIDTHS, _WIDTHS_OF_AUTO_ROUND = (4,), (4, 5, 6, 7)
 #: Where the codes of rows 0..7 stand in their int32.
 PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 _PARTS = ("qweight", "qzeros", "scales")
@@ -72,46 +74,52 @@ def read_awq(folder: str | os.PathLike[str]) -> StoredModel:
         ('w4g32a', [-2.0, -1.0, 0.0, 1.0, 2.0, 3.0, 4.0, 5.0])
     """
     synonyms = {"version": "format", "w_bit": "bits", "q_group_size": "group_size"}
-    source = open_folder(folder, "awq", "quant_config.json", synonyms)
-    group_size = _group_size(source)
+    methods = ("awq", *auto_round.METHODS)
+    source = open_folder(folder, methods, "quant_config.json", synonyms)
+    is_auto_round = _is_auto_round(source)
     names = source.names("qweight", "qzeros")
-    layers = {name: _layer(source, name, group_size) for name in names}
+    layers = {name: _layer(source, name, is_auto_round) for name in names}
     return source.model(layers, [key_of(name, part) for name in names for part in _PARTS])
 
 
-def _group_size(source: Folder) -> int:
-    bits = source.setting("bits", int)
+def _is_auto_round(source: Folder) -> bool:
+    packing = auto_round.packing_of(source)
+    if packing is not None:
+        if packing != auto_round.AWQ:
+            raise FormatError(
+                f"{source.path} was packed by AutoRound as GPTQ is: read it as 'gptq'"
+            )
+        return True
+    source.setting("group_size", int)  # AutoAWQ always says it
     version = source.setting("format", str, VERSION).lower()
-    if bits != BITS or version != VERSION:
+    if version != VERSION:
         raise FormatError(
-            f"{source.path} has {bits} bits in the layout {version!r:.60}; {BITS} bits in "
-            f"{VERSION!r} are read"
+            f"{source.path} is in the layout {version!r:.60}; {VERSION!r} is the one that is read"
         )
-    group_size = source.setting("group_size", int)
-    if group_size < 1 and group_size != -1:
-        raise FormatError(
-            f"{source.path} has group_size {group_size}; it must be 1 or more, or -1 for rows"
-        )
-    return group_size
+    return False
 
 
-def _layer(source: Folder, name: str, group_size: int) -> StoredLayer:
+def _layer(source: Folder, name: str, is_auto_round: bool) -> StoredLayer:
+    own = auto_round.own_settings(source, name) if is_auto_round else {}
+    widths = _WIDTHS_OF_AUTO_ROUND if is_auto_round else _WIDTHS
+    bits, group_size = sizes_of(source, name, own, widths)
     key = partial(key_of, name)
     qweight = source.tensor(key("qweight"), ("int32",), (None, None))
     cols, words = qweight.shape
     group, groups = groups_of(group_size, cols)
     qzeros = source.tensor(key("qzeros"), ("int32",), (groups, words))
     scales = scales_of(source, name, groups)
-    if scales.shape[1] != words * len(PLACES):
+    rows = words * 32 // bits
+    if scales.shape[1] != rows or rows % len(PLACES):
         raise FormatError(
             f"{source.path}: {key('scales')} has {scales.shape[1]} rows, and {key('qweight')} "
-            f"{words * len(PLACES)}"
+            f"of {bits} bits {words * 32 / bits:g}"
         )
-    codes, zeros = partial(_unpacked, qweight), partial(_unpacked, qzeros)
-    return layer_of(source, BITS, group, scales, cols, codes, zeros)
+    codes, zeros = partial(_unpacked, qweight, bits), partial(_unpacked, qzeros, bits)
+    return layer_of(source, bits, group, scales, cols, codes, zeros)
 
 
-def _unpacked(stored: StoredTensor) -> torch.Tensor:
+def _unpacked(stored: StoredTensor, bits: int) -> torch.Tensor:
     """Codes in the order of their rows, uint8 ``[any, out]``."""
-    codes = unpack_weights(stored.load(), BITS, layout="dense", dim=1)
+    codes = unpack_weights(stored.load(), bits, layout="dense", dim=1)
     return codes.view(len(codes), -1, len(PLACES))[:, :, list(PLACES)].reshape(codes.shape)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 
 from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
 from quantization.checkpoint.stored_model import StoredLayer
+from quantization.formats.errors import FormatError
 from quantization.formats.folders import Folder, granularity_of
 from quantization.formats.integers import IN_ORDER, Integers, Order, packed_of
 from quantization.ops.dtypes import SOURCES
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
 
-__all__ = ["groups_of", "layer_of", "scales_of"]
+__all__ = ["groups_of", "layer_of", "scales_of", "sizes_of"]
 
 Read = Callable[[], torch.Tensor]
 
@@ -29,6 +31,28 @@ def groups_of(group_size: int, cols: int) -> tuple[int | None, int]:
     if group_size == -1:
         return None, 1
     return group_size, -(-cols // group_size)
+
+
+def sizes_of(
+    folder: Folder, name: str, own: Mapping[str, Any], widths: Iterable[int]
+) -> tuple[int, int]:
+    """Width and group_size of a layer: its own settings, else those of the model.
+
+    Raises:
+        FormatError: if a size is none, or the width none of ``widths``.
+    """
+    bits = own.get("bits", folder.setting("bits", int))
+    group_size = own.get("group_size", folder.setting("group_size", int, -1))
+    if type(bits) is not int or bits not in widths:
+        raise FormatError(
+            f"{folder.path}: {name} has {bits!r:.60} bits; allowed are {tuple(widths)}"
+        )
+    if type(group_size) is not int or (group_size < 1 and group_size != -1):
+        raise FormatError(
+            f"{folder.path}: {name} has group_size {group_size!r:.60}; it must be 1 or more, or -1 "
+            "for rows"
+        )
+    return bits, group_size
 
 
 def scales_of(folder: Folder, name: str, groups: int) -> StoredTensor:

@@ -143,7 +143,7 @@ class Folder:
 
 def open_folder(
     path: str | os.PathLike[str],
-    method: str,
+    method: str | tuple[str, ...],
     sidecar: str | None = None,
     synonyms: Mapping[str, str] | None = None,
 ) -> Folder:
@@ -151,7 +151,7 @@ def open_folder(
 
     Args:
         path: of the folder.
-        method: its ``quant_method``.
+        method: its ``quant_method``, or those that it may be.
         sidecar: a file that may have the settings beside, or in the place of, ``config.json``.
         synonyms: other names of settings.
 
@@ -171,9 +171,11 @@ def open_folder(
     if sidecar is not None and (path / sidecar).is_file():
         found.append((sidecar, read_json(path / sidecar)))
     settings = _settings(path, found, synonyms or {})
-    given = str(settings.get("quant_method", method)).lower()
-    if given != method:
-        raise FormatError(f"{path} was quantized by {given!r:.60}, not by {method!r}")
+    methods = (method,) if isinstance(method, str) else method
+    settings["quant_method"] = str(settings.get("quant_method", methods[0])).lower()
+    if settings["quant_method"] not in methods:
+        given = settings["quant_method"]
+        raise FormatError(f"{path} was quantized by {given!r:.60}, not by {methods[0]!r}")
     assets = tuple(asset for asset in assets_of(files) if asset.name != sidecar)
     inner, _ = inner_files(path)
     return Folder(path, files.tensors(), config or None, settings, assets, inner)

@@ -2,12 +2,15 @@
 
 GPTQ: what AutoGPTQ's ``QuantLinear.pack`` makes (``auto_gptq/nn_modules/qlinear/qlinear_cuda.py``).
 AWQ: ``order_map`` of AutoAWQ's ``WQLinear_GEMM.from_linear`` (``awq/modules/linear/gemm.py``).
+Planes: the table of GPTQModel's ``gptqmodel/utils/planar_packing.py``; streams of 5, 6 and 7 bits:
+that of auto-round's ``auto_round/utils/bit_packing.py``.
 MatMulNBits: ``docs/ContribOperators.md`` of ONNX Runtime.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +44,29 @@ def gptq_words(codes: np.ndarray, bits: int) -> np.ndarray:
     return words.astype(np.uint32).view(np.int32)
 
 
+def stream_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes along the last dimension as one stream of bits, the first in the lowest; any width."""
+    *lead, length = codes.shape
+    words = np.zeros((*lead, length * bits // 32), np.uint32)
+    for place in np.ndindex(*lead):
+        stream = sum(int(code) << bits * k for k, code in enumerate(codes[place]))
+        for i in range(words.shape[-1]):
+            words[(*place, i)] = stream >> 32 * i & 0xFFFFFFFF
+    return words.view(np.int32)
+
+
+def planar_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Of each 32 codes the lowest 4 (3 bits: 2) bits of all, then the next 2, then the last 1."""
+    planes = {3: (2, 1), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1)}.get(bits, (bits,))
+    *lead, length = codes.shape
+    blocks = codes.reshape(*lead, length // 32, 32)
+    made, low = [], 0
+    for width in planes:
+        made.append(stream_words(blocks >> low & (1 << width) - 1, width))
+        low += width
+    return np.concatenate(made, -1).reshape(*lead, -1)
+
+
 def gptq_tensors(
     codes: np.ndarray,
     zeros: np.ndarray,
@@ -48,12 +74,13 @@ def gptq_tensors(
     places: np.ndarray,
     bits: int,
     version: int,
+    pack: Callable[[np.ndarray, int], np.ndarray] = gptq_words,
 ) -> dict[str, torch.Tensor]:
     """Of codes [in, out], zero points and scales [groups, out], and the group of each column."""
     stored = zeros - 1 if version == 1 else zeros
     return {
-        "qweight": torch.from_numpy(np.ascontiguousarray(gptq_words(codes.T, bits).T)),
-        "qzeros": torch.from_numpy(gptq_words(stored, bits)),
+        "qweight": torch.from_numpy(np.ascontiguousarray(pack(codes.T, bits).T)),
+        "qzeros": torch.from_numpy(pack(stored, bits)),
         "scales": torch.from_numpy(scales),
         "g_idx": torch.from_numpy(places.astype(np.int32)),
     }
@@ -68,13 +95,22 @@ def awq_words(codes: np.ndarray) -> np.ndarray:
     return words.view(np.int32)
 
 
+def wide_awq_words(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Codes [any, out] of any width, in AWQ's order, as one stream of bits."""
+    order = [8 * (row // 8) + AWQ_ORDER[row % 8] for row in range(codes.shape[1])]
+    return stream_words(codes[:, order], bits)
+
+
 def awq_tensors(
-    codes: np.ndarray, zeros: np.ndarray, scales: np.ndarray
+    codes: np.ndarray,
+    zeros: np.ndarray,
+    scales: np.ndarray,
+    pack: Callable[[np.ndarray], np.ndarray] = awq_words,
 ) -> dict[str, torch.Tensor]:
     """Of codes [in, out], zero points and scales [groups, out]."""
     return {
-        "qweight": torch.from_numpy(awq_words(codes)),
-        "qzeros": torch.from_numpy(awq_words(zeros)),
+        "qweight": torch.from_numpy(pack(codes)),
+        "qzeros": torch.from_numpy(pack(zeros)),
         "scales": torch.from_numpy(scales),
     }
 

@@ -70,9 +70,9 @@ def test_settings_of_autoawq_stand_in_a_file_of_their_own(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (SETTINGS | {"version": "gemv"}, "4 bits in the layout 'gemv'; 4 bits in 'gemm' are read"),
+        (SETTINGS | {"version": "gemv"}, "in the layout 'gemv'; 'gemm' is the one"),
         (SETTINGS | {"version": "marlin"}, "in the layout 'marlin'"),
-        (SETTINGS | {"bits": 8}, "has 8 bits in the layout 'gemm'"),
+        (SETTINGS | {"bits": 8}, r"a has 8 bits; allowed are \(4,\)"),
         (SETTINGS | {"group_size": 0}, "group_size 0; it must be 1 or more, or -1"),
         ({"bits": 4, "version": "gemm"}, "group_size of the quantization settings is missing"),
         (SETTINGS | {"quant_method": "gptq"}, "was quantized by 'gptq', not by 'awq'"),
@@ -94,7 +94,7 @@ def test_settings_that_are_not_understood_are_named(
         ("scales", None, "has no tensor a.scales"),
         ("qweight", torch.zeros(64, 3), "a.qweight is float32; it must be int32"),
         ("qzeros", torch.zeros(1, 3, dtype=torch.int32), r"a.qzeros has shape \(1, 3\)"),
-        ("scales", torch.zeros(2, 32), "a.scales has 32 rows, and a.qweight 24"),
+        ("scales", torch.zeros(2, 32), "a.scales has 32 rows, and a.qweight of 4 bits 24"),
         ("scales", torch.zeros(1, 24), r"a.scales has shape \(1, 24\)"),
     ],
 )
