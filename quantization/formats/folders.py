@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,9 +13,10 @@ from typing import Any
 
 from quantization.checkpoint.disk.json_files import read_json
 from quantization.checkpoint.disk.safetensors_files import TensorFolder
-from quantization.checkpoint.disk.stored_tensor import StoredTensor
+from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
 from quantization.checkpoint.float_source import assets_of, inner_files
 from quantization.checkpoint.format import CONFIG
+from quantization.checkpoint.skeleton import skeleton_of_config
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.formats.errors import FormatError
 from quantization.numerics.granularity import Granularity, PerGroup
@@ -35,6 +38,15 @@ __all__ = [
 
 #: Where ``config.json`` has what this module calls settings.
 SETTINGS = "quantization_config"
+#: What classes of transformers once saved: causal masks, of four dimensions; frequencies, and what
+#: stood for the masked; and what others save of a cache.
+_MASKS = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
+_OLD_BUFFERS = re.compile(
+    r"(^|\.)(rotary_(pos_)?emb\.inv_freq|(attn|attention|self_attn)\.masked_bias"
+    r"|(kv?|[qv]|prob)_(scale|zero_point|zp))$"
+)
+_SHOWN = 4
+_log = logging.getLogger("quantization")
 _DECISIVE = ("bits", "group_size", "format", "zero_point")
 
 
@@ -135,10 +147,48 @@ class Folder:
         return None
 
     def model(self, layers: Mapping[str, StoredLayer], used: Iterable[str]) -> StoredModel:
-        """The model of those layers and of all tensors that they do not use."""
+        """The model of those layers and of all tensors that they do not use.
+
+        Tensors of older programs that its class has no place for are left; a warning says so.
+        """
         used = set(used)
         tensors = {key: tensor for key, tensor in self.tensors.items() if key not in used}
+        stray = _stray(self.path, layers, tensors)
+        if stray:
+            _log.warning(
+                "%s: %d tensors are left, as the model has no place for them: %s%s",
+                self.path, len(stray), ", ".join(stray[:_SHOWN]), ", ..." * (len(stray) > _SHOWN),
+            )  # fmt: skip
+        tensors = {key: tensor for key, tensor in tensors.items() if key not in {*stray}}
         return StoredModel(layers, tensors, {}, self.config, self.assets, self.inner)
+
+
+def _stray(
+    path: Path, layers: Mapping[str, StoredLayer], tensors: Mapping[str, StoredTensor]
+) -> list[str]:
+    """Keys of what older programs wrote beside a model: buffers of old classes, and zero biases.
+
+    The class of the model decides, where there is one; else what bears the name of a buffer.
+    """
+    old = [
+        key
+        for key, tensor in tensors.items()
+        if (_MASKS if len(tensor.shape) == 4 else _OLD_BUFFERS).search(key)
+    ]
+    zeros = [key for name in layers if _is_zero(tensors.get(key := key_of(name, "bias")))]
+    if not old and not zeros:
+        return []
+    try:
+        model: Any = skeleton_of_config(path)
+    except Exception:  # whatever a config may lead to: then nothing is known of the class
+        return old
+    modules, wanted = dict(model.named_modules()), model.state_dict().keys()
+    known = [key for key in zeros if key.rpartition(".")[0] in modules]
+    return [key for key in (*old, *known) if key not in wanted]
+
+
+def _is_zero(bias: StoredTensor | None) -> bool:
+    return bias is not None and bias.dtype in SOURCES and not bias.load().any()
 
 
 def open_folder(

@@ -156,7 +156,7 @@ def test_single_layers_have_settings_of_their_own(tmp_path: Path, rng: np.random
         ({"extra_config": {"a": {"bits": 16}}}, "a has 16 bits; allowed are"),
         ({"extra_config": {"a": {"data_type": "fp"}}}, "a has data_type 'fp'"),
         ({"extra_config": {"a": 4}}, "extra_config of a is no object"),
-        ({"extra_config": {"(": {}}}, "is no pattern"),
+        ({"extra_config": {"(": {}}}, "is no regular expression"),
         ({"group_size": 0}, "group_size 0"),
         ({"bits": 9}, "a has 9 bits"),
     ],
