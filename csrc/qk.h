@@ -151,6 +151,40 @@ typedef struct qk_leveling {
  * two are as near. 0 where the scale is not above 0, the lowest level where x is NaN. */
 qk_status qk_encode_levels(uint8_t *codes, const void *x, const qk_leveling *form);
 
+/* ---- fit: the scales of least error -------------------------------------- */
+
+/* What qk_fit_groups looks for. */
+typedef enum qk_fit_find {
+    QK_FIT_NOTHING = 0, /* only measures the errors */
+    QK_FIT_SCALE,
+    QK_FIT_ZERO, /* under scales that stay as they are */
+    QK_FIT_BOTH,
+    QK_FIT_LEVELS, /* for kernels: the scale, with levels */
+} qk_fit_find;
+
+/* A weight is (level - zero) * scale, its level the nearest: a whole number of code_min..code_max,
+ * or one of a table, which has no zeros. */
+typedef struct qk_fit {
+    size_t rows, cols,
+        group;              /* columns that share a scale, at least 1; a last group may be short */
+    const void *x;          /* float [rows][cols], finite */
+    const void *importance; /* float [cols], not negative: how much a squared error counts */
+    const void *levels;     /* float [codebooks][level_count], ascending; not read without count */
+    size_t codebooks, level_count; /* one codebook for all rows, or one a row; 0..256 levels */
+    size_t starts, rounds; /* beside the scale given: start i is the whole range times 1 - i shrink,
+                            */
+    float shrink;          /* and each start takes so many rounds of least squares */
+    float code_min, code_max; /* with levels: the least and largest of them */
+    float scale_min;          /* above 0; or below 0, where scales may have a sign */
+    float zero_min, zero_max, zero_step; /* zeros are multiples of the step; 0: any number */
+    qk_fit_find find;
+} qk_fit;
+
+/* In the place of the scales and zeros given (float [rows][groups], zeros NULL or for all) those of
+ * the least weighted squared error that was found, never of a larger one than given, as float sums
+ * have it. errors: NULL, or what these errors are. */
+qk_status qk_fit_groups(void *scales, void *zeros, void *errors, const qk_fit *fit);
+
 /* ---- linear: y = x W^T + bias, W of codes and scales --------------------- */
 
 enum { QK_BASE3 = 0 /* in place of a width: ternary codes, five to a byte (qk_pack_ternary) */ };
@@ -168,10 +202,12 @@ typedef struct qk_packed {
     const void *scales;      /* [out_features][groups] */
     const void *zeros;       /* NULL, or [out_features][groups], or packed as rows of codes are */
     const void *codebook;    /* NULL, or [codebook_rows][2^bits] */
-    const void *scale_steps; /* NULL, or float [out_features]: a uint8 scale u is u * step */
+    const void *scale_steps; /* NULL, or [out_features]: a uint8 scale u is u * step */
     size_t codebook_rows;    /* 1 or out_features */
     qk_dtype scales_dtype;   /* a float, or uint8: without steps 2^(u - 127), 255 is NaN */
-    qk_dtype zeros_dtype;    /* a float, or uint8: packed codes of `bits` bits */
+    qk_dtype steps_dtype;    /* a float */
+    qk_dtype zeros_dtype;    /* a float; uint8: packed codes of `bits` bits; int8: fixed point, i is
+                                (i + 128) * 2^(bits - 8) */
     qk_dtype codebook_dtype;
 } qk_packed;
 

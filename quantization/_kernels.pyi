@@ -21,8 +21,8 @@ _Packed: TypeAlias = tuple[_Array, _Array, _Optional, _Optional, _Optional]
 _Groups: TypeAlias = tuple[int, int, int]
 #: of the result, the rows and the scales
 _Dtypes: TypeAlias = tuple[int, int, int]
-#: the same, and of zero_points and codebook
-_PackedDtypes: TypeAlias = tuple[int, int, int, int, int]
+#: the same, and of scale_steps, zero_points and codebook
+_PackedDtypes: TypeAlias = tuple[int, int, int, int, int, int]
 
 FLOAT32: int
 FLOAT64: int
@@ -66,6 +66,34 @@ def fit_levels(*_: *tuple[_Array, _Array, _Optional, int, int, int]) -> None: ..
 
 # codes, x, scales, codebook; rows, cols, group, codebooks, levels
 def encode_levels(*_: *tuple[_Array, _Array, _Array, _Array, int, int, int, int, int]) -> None: ...
+
+# scales, zeros, errors, x, importance, levels; rows, cols, group, codebooks, level_count, starts,
+# rounds, find; shrink, code_min, code_max, scale_min, zero_min, zero_max, zero_step
+def fit_groups(
+    *_: *tuple[
+        _Array,
+        _Optional,
+        _Optional,
+        _Array,
+        _Array,
+        _Optional,
+        int,
+        int,
+        int,
+        int,
+        int,
+        int,
+        int,
+        int,
+        float,
+        float,
+        float,
+        float,
+        float,
+        float,
+        float,
+    ],
+) -> None: ...
 
 # y, x, weights, scales, bias; ...; bias_dtype
 def linear(

@@ -53,6 +53,8 @@ def read(packed: Any) -> SimpleNamespace:
         zeros = parts["zero_points"]
         if zeros.dtype == np.uint8:
             zeros = unpacked(zeros, scheme.bits, scheme.groups(cols))
+        elif zeros.dtype == np.int8:
+            zeros = (zeros.astype(np.float64) + 128) / 2.0 ** (8 - scheme.bits)
         zero = zeros[:, place].astype(np.float64)
     return SimpleNamespace(codes=codes, level=level, scale=scale, zero=zero)
 

@@ -56,6 +56,7 @@ C_ARROWS = {
     "kernels/inline": (),
     "kernels/reference": ("kernels/reference.h", "kernels/kernels.h"),
     "kernels/quantize": (*KERNEL_HEADERS, "kernels/quantize/*"),
+    "kernels/fit": (*KERNEL_HEADERS, "kernels/fit/*"),
     "kernels/pack": (*KERNEL_HEADERS, "kernels/pack/*", "kernels/codec_list.def"),
     "kernels/linear": (*KERNEL_HEADERS, "kernels/linear/*"),
     "kernels/packed": (*KERNEL_HEADERS, "kernels/packed/*", "kernels/linear/*"),

@@ -97,8 +97,10 @@ static qk_status check_packed(const qk_packed *p, size_t out_features)
     QK_REQUIRE(p->bits <= 8, QK_BAD_BITS);
     QK_REQUIRE(p->group >= 1, QK_BAD_SHAPE);
     QK_REQUIRE(is_float_or_uint8(p->scales_dtype), QK_BAD_DTYPE);
-    QK_REQUIRE(!p->scale_steps || p->scales_dtype == QK_UINT8, QK_BAD_DTYPE);
-    QK_REQUIRE(!p->zeros || is_float_or_uint8(p->zeros_dtype), QK_BAD_DTYPE);
+    QK_REQUIRE(!p->scale_steps || (p->scales_dtype == QK_UINT8 && qk_is_source(p->steps_dtype)),
+               QK_BAD_DTYPE);
+    QK_REQUIRE(!p->zeros || is_float_or_uint8(p->zeros_dtype) || p->zeros_dtype == QK_INT8,
+               QK_BAD_DTYPE);
     QK_REQUIRE(!p->codebook || qk_is_source(p->codebook_dtype), QK_BAD_DTYPE);
     QK_REQUIRE(!p->codebook || p->codebook_rows == 1 || p->codebook_rows == out_features,
                QK_BAD_SHAPE);
@@ -132,7 +134,8 @@ static int overlaps_packed(const void *out, size_t bytes, const qk_linear *l)
     return qk_overlap(out, bytes, p->codes, rows * qk_row_bytes(l->in_features, p->bits)) ||
            qk_overlap(out, bytes, p->scales, rows * groups * qk_dtype_bytes(p->scales_dtype)) ||
            (p->zeros && qk_overlap(out, bytes, p->zeros, rows * zeros)) ||
-           (p->scale_steps && qk_overlap(out, bytes, p->scale_steps, rows * sizeof(float))) ||
+           (p->scale_steps &&
+            qk_overlap(out, bytes, p->scale_steps, rows * qk_dtype_bytes(p->steps_dtype))) ||
            (p->codebook &&
             qk_overlap(out, bytes, p->codebook, entries * qk_dtype_bytes(p->codebook_dtype)));
 }

@@ -20,6 +20,9 @@
 #include "kernels/quantize/avx2.inc"
 #include "kernels/quantize/quantize.inc"
 
+/* fit: scales of least error */
+#include "kernels/fit/fit.inc"
+
 /* pack: codes into containers and back */
 #include "kernels/pack/avx2.inc"
 #include "kernels/pack/pack.inc"
@@ -42,6 +45,7 @@
 void qk_use_avx2(qk_kernels *table)
 {
     qk_use_quantize(table);
+    qk_use_fit(table);
     qk_use_pack(table);
     qk_use_linear(table);
     qk_use_packed(table);

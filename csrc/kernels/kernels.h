@@ -86,6 +86,21 @@ static inline size_t qk_backward_scratch_bytes(const qk_linear *linear)
     return bytes + qk_packed_scratch_bytes(linear);
 }
 
+/* Rows [first, last) of a fit, and qk_fit_scratch_bytes_of memory. */
+typedef struct qk_fit_strip {
+    const qk_fit *fit; /* its group is not longer than a row */
+    size_t first, last;
+    void *scales, *zeros, *errors; /* of all rows; the last two may be NULL */
+    void *scratch;
+} qk_fit_strip;
+
+enum { QK_FIT_LANES = 16 }; /* rows that a kernel may fit together */
+
+static inline size_t qk_fit_scratch_bytes_of(const qk_fit *fit)
+{
+    return (fit->group + 2 * fit->level_count) * QK_FIT_LANES * sizeof(float);
+}
+
 /* Lines of a matrix: `lines` of them, `count` elements each, the first elements `stride` >= count
  * elements apart. Each is cut into runs of `run` elements (the last may be shorter); number i of
  * an array of ranges, scales or zero points serves run i of every line. */
@@ -113,6 +128,9 @@ typedef struct qk_kernels {
      * dtype. */
     void (*decode[QK_DTYPES][QK_FLOATS])(void *out, const void *codes, const qk_lines *lines,
                                          const void *scale, const int32_t *zero);
+
+    /* qk_fit_groups of qk.h for some rows. Every instruction set gives the same bits. */
+    void (*fit)(const qk_fit_strip *strip);
 
     /* One row in any layout: `count` codes, one byte each, into containers (qk_packing in qk.h;
      * rows, cols and axis are not read); unused bits of the containers are written as 0. Returns

@@ -13,6 +13,9 @@
 #include "kernels/quantize/neon.inc"
 #include "kernels/quantize/quantize.inc"
 
+/* fit: scales of least error */
+#include "kernels/fit/fit.inc"
+
 /* pack: codes into containers and back */
 #include "kernels/pack/neon.inc"
 #include "kernels/pack/pack.inc"
@@ -35,6 +38,7 @@
 void qk_use_neon(qk_kernels *table)
 {
     qk_use_quantize(table);
+    qk_use_fit(table);
     qk_use_pack(table);
     qk_use_linear(table);
     qk_use_packed(table);

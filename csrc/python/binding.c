@@ -140,6 +140,7 @@ static PyMethodDef methods[] = {
     {"unpack_ternary", qk_py_unpack_ternary, METH_VARARGS, NULL},
     {"fit_levels", qk_py_fit_levels, METH_VARARGS, NULL},
     {"encode_levels", qk_py_encode_levels, METH_VARARGS, NULL},
+    {"fit_groups", qk_py_fit_groups, METH_VARARGS, NULL},
     {"linear", qk_py_linear, METH_VARARGS, NULL},
     {"linear_backward", qk_py_linear_backward, METH_VARARGS, NULL},
     {"linear_packed", qk_py_linear_packed, METH_VARARGS, NULL},

@@ -54,6 +54,7 @@ PyObject *qk_py_pack_ternary(PyObject *module, PyObject *args);
 PyObject *qk_py_unpack_ternary(PyObject *module, PyObject *args);
 PyObject *qk_py_fit_levels(PyObject *module, PyObject *args);
 PyObject *qk_py_encode_levels(PyObject *module, PyObject *args);
+PyObject *qk_py_fit_groups(PyObject *module, PyObject *args);
 PyObject *qk_py_linear(PyObject *module, PyObject *args);
 PyObject *qk_py_linear_backward(PyObject *module, PyObject *args);
 PyObject *qk_py_linear_packed(PyObject *module, PyObject *args);

@@ -3,7 +3,7 @@
 /* The objects and numbers that say what packed weights are. */
 typedef struct packed_args {
     PyObject *codes, *scales, *scale_steps, *zeros, *codebook;
-    int scales_dtype, zeros_dtype, codebook_dtype;
+    int scales_dtype, steps_dtype, zeros_dtype, codebook_dtype;
 } packed_args;
 
 /* The arrays of `args`, checked against the sizes in `linear` and `packed`; NULL: an exception. */
@@ -13,6 +13,7 @@ static PyObject *open_packed(qk_packed *packed, const qk_linear *linear, const p
     PyObject *zeros = args->zeros, *codebook = args->codebook;
     size_t rows = linear->out_features, code_bytes, items, zero_items, entries;
     packed->scales_dtype = (qk_dtype)args->scales_dtype;
+    packed->steps_dtype = (qk_dtype)args->steps_dtype;
     packed->zeros_dtype = (qk_dtype)args->zeros_dtype;
     packed->codebook_dtype = (qk_dtype)args->codebook_dtype;
     if (packed->bits > 8)
@@ -26,7 +27,7 @@ static PyObject *open_packed(qk_packed *packed, const qk_linear *linear, const p
         return NULL;
     QK_ARRAY(packed->codes, codes, code_bytes, 1, 0);
     QK_ARRAY(packed->scales, scales, items, qk_dtype_bytes(packed->scales_dtype), 0);
-    QK_ARRAY_OR_NONE(packed->scale_steps, scale_steps, rows, sizeof(float), 0);
+    QK_ARRAY_OR_NONE(packed->scale_steps, scale_steps, rows, qk_dtype_bytes(packed->steps_dtype), 0);
     QK_ARRAY_OR_NONE(packed->zeros, zeros, zero_items, qk_dtype_bytes(packed->zeros_dtype), 0);
     QK_ARRAY_OR_NONE(packed->codebook, codebook, entries, qk_dtype_bytes(packed->codebook_dtype),
                      0);
@@ -48,11 +49,11 @@ PyObject *qk_py_linear_packed(PyObject *module, PyObject *args)
     qk_packed packed = {0};
     qk_linear linear = {.packed = &packed};
     int y_dtype, x_dtype, bias_dtype;
-    if (!PyArg_ParseTuple(args, "OOOOOOOOnnnnnniiiiii", &y, &x, &given.codes, &given.scales,
+    if (!PyArg_ParseTuple(args, "OOOOOOOOnnnnnniiiiiii", &y, &x, &given.codes, &given.scales,
                           &given.scale_steps, &given.zeros, &given.codebook, &bias, &linear.tokens,
                           &linear.out_features, &linear.in_features, &packed.bits, &packed.group,
                           &packed.codebook_rows, &y_dtype, &x_dtype, &given.scales_dtype,
-                          &given.zeros_dtype, &given.codebook_dtype, &bias_dtype))
+                          &given.steps_dtype, &given.zeros_dtype, &given.codebook_dtype, &bias_dtype))
         return NULL;
     linear.y_dtype = (qk_dtype)y_dtype;
     linear.x_dtype = (qk_dtype)x_dtype;
@@ -76,11 +77,11 @@ PyObject *qk_py_linear_packed_backward(PyObject *module, PyObject *args)
     qk_packed packed = {0};
     qk_linear linear = {.packed = &packed};
     int x_dtype, y_dtype;
-    if (!PyArg_ParseTuple(args, "OOOOOOOnnnnnniiiii", &grad_x, &grad_y, &given.codes, &given.scales,
+    if (!PyArg_ParseTuple(args, "OOOOOOOnnnnnniiiiii", &grad_x, &grad_y, &given.codes, &given.scales,
                           &given.scale_steps, &given.zeros, &given.codebook, &linear.tokens,
                           &linear.out_features, &linear.in_features, &packed.bits, &packed.group,
                           &packed.codebook_rows, &x_dtype, &y_dtype, &given.scales_dtype,
-                          &given.zeros_dtype, &given.codebook_dtype))
+                          &given.steps_dtype, &given.zeros_dtype, &given.codebook_dtype))
         return NULL;
     linear.y_dtype = (qk_dtype)y_dtype;
     linear.x_dtype = (qk_dtype)x_dtype;

@@ -41,15 +41,17 @@ static int open_packed(qk_call *c, qk_packed *packed, qk_linear *linear, int64_t
     packed->scales = scales->data;
     packed->scales_dtype = scales->dtype;
     if (present & HAS_STEPS) {
-        if (steps->dtype != QK_FLOAT32 || scales->dtype != QK_UINT8 ||
-            !qk_check_vector(c, steps, (int64_t)rows))
-            return QK_FAIL(c, "scale_steps must be float32 [out_features], of uint8 scales");
+        if (scales->dtype != QK_UINT8)
+            return QK_FAIL(c, "scale_steps must be [out_features], of uint8 scales");
+        if (!qk_check_vector(c, steps, (int64_t)rows))
+            return 0;
         packed->scale_steps = steps->data;
+        packed->steps_dtype = steps->dtype;
     }
     if (present & HAS_ZEROS) {
         int is_packed = zeros->dtype == QK_UINT8;
         if (!check_matrix(c, zeros, rows, is_packed ? qk_packed_row_bytes(groups, bits) : groups) ||
-            (!is_packed && !qk_check_float(c, zeros)))
+            (!is_packed && zeros->dtype != QK_INT8 && !qk_check_float(c, zeros)))
             return 0;
         packed->zeros = zeros->data;
         packed->zeros_dtype = zeros->dtype;

@@ -17,7 +17,7 @@ from quantization.numerics.parameters import Mode
 from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
-from quantization.schemes.stored_scales import restore
+from quantization.schemes.stored_scales import restore, restore_zeros
 
 __all__ = [
     "IN_ORDER",
@@ -71,7 +71,7 @@ def why_not(scheme: Scheme) -> str | None:
         return (
             f"codes of the grid {scheme.grid!r} are places in a table of levels, not whole numbers"
         )
-    if scheme.mode is Mode.Asymmetric and scheme.zero_point == "float":
+    if scheme.mode is Mode.Asymmetric and not scheme.has_integer_zeros:
         return "its zero points are floats, not whole numbers"
     return None
 
@@ -117,6 +117,8 @@ def integers_of(packed: PackedWeights, bits: int) -> Integers:
     if scheme.zero_point == "integer":
         groups = scheme.groups(cols)
         zeros = unpack_weights(zeros, scheme.bits, layout="dense", dim=1, size=groups)
+    elif scheme.zero_point == "fixed":
+        zeros = torch.from_numpy(restore_zeros(zeros, scheme.bits))
     return Integers(bits, codes, scales, zeros)
 
 

@@ -122,7 +122,7 @@ def matmul_nbits(packed: PackedWeights) -> MatMulNBits:
 
 
 def _why_not(scheme: Scheme, cols: int) -> str | None:
-    has_float_zeros = scheme.mode is Mode.Asymmetric and scheme.zero_point == "float"
+    has_float_zeros = scheme.mode is Mode.Asymmetric and not scheme.has_integer_zeros
     reason = None if has_float_zeros and not scheme.input_order else why_not(scheme)
     if has_float_zeros and width_of(scheme, WIDTHS) == 8:
         return (

@@ -255,6 +255,48 @@ def encode_levels(x: Array, scales: Array, codebook: Array, group: int) -> Array
     return codes
 
 
+# ---- fit -------------------------------------------------------------------------------------
+
+
+class Fit(NamedTuple):
+    """What :func:`fit_groups` looks for; ``qk_fit`` in csrc/qk.h says what each number is."""
+
+    find: int  # NOTHING, SCALE, ZERO or BOTH
+    codes: tuple[float, float]  # the smallest and the largest code, or level
+    starts: int = 0
+    rounds: int = 0
+    shrink: float = 0.0
+    least_scale: float = 2.0**-126  # or -inf: scales may have a sign
+    zeros: tuple[float, float] = (-np.inf, np.inf)
+    zero_step: float = 0.0  # 0: zeros are any numbers
+    levels: Array | None = None  # float32 [codebooks, levels], ascending
+
+
+NOTHING, SCALE, ZERO, BOTH = range(4)
+
+
+class Fitted(NamedTuple):
+    """Of each group: scale, zero point (None: 0) and weighted squared error, float32."""
+
+    scales: Array
+    zeros: Array | None
+    errors: Array
+
+
+def fit_groups(
+    x: Array, importance: Array, group: int, scales: Array, zeros: Array | None, fit: Fit
+) -> Fitted:
+    """Scales and zeros of less error than those given, or these; all float32, ``x`` a matrix."""
+    (rows, cols), levels = x.shape, fit.levels
+    made = Fitted(scales.copy(), None if zeros is None else zeros.copy(), np.empty_like(scales))
+    codebooks, count = (1, 0) if levels is None else levels.shape
+    _kernels.fit_groups(
+        *made, x, importance, levels, rows, cols, group, codebooks, count, fit.starts, fit.rounds,
+        fit.find, fit.shrink, *fit.codes, fit.least_scale, *fit.zeros, fit.zero_step,
+    )  # fmt: skip
+    return made
+
+
 # ---- linear ----------------------------------------------------------------------------------
 
 

@@ -258,13 +258,14 @@ def _check_optional(call: Call, groups: int) -> None:
 
 def _check_floats(call: Call) -> None:
     types = [call.dtype, call.rows.dtype]
-    for tensor, may_be_codes in (
-        (call.scales, call.group is not None),
-        (call.zero_points, True),
-        (call.codebook, False),
-        (call.bias, False),
+    for tensor, codes in (
+        (call.scales, [torch.uint8] if call.group is not None else []),
+        (call.scale_steps, []),
+        (call.zero_points, [torch.uint8, torch.int8]),
+        (call.codebook, []),
+        (call.bias, []),
     ):
-        if tensor is not None and not (may_be_codes and tensor.dtype == torch.uint8):
+        if tensor is not None and tensor.dtype not in codes:
             types.append(tensor.dtype)
     wrong = [dtype for dtype in types if dtype not in _FLOATS]
     torch._check(

@@ -30,8 +30,9 @@ def decode_rows(
         weights: packed codes, uint8 ``[rows, row bytes]``.
         scales: floats ``[rows, groups]``, or uint8: codes if there are ``scale_steps``, else
             exponents.
-        scale_steps: float32 ``[rows]``, or None.
-        zero_points: floats ``[rows, groups]``, packed uint8 ``[rows, bytes]``, or None.
+        scale_steps: floats ``[rows]``, or None.
+        zero_points: floats ``[rows, groups]``, packed uint8 ``[rows, bytes]``, int8 in fixed
+            point ``[rows, groups]``, or None.
         codebook: levels ``[1, 2**bits]`` or ``[rows, 2**bits]``, or None.
         bits: width of a code, 1..8; 0 for ternary ones.
         group: numbers of a row that share a scale.
@@ -59,6 +60,8 @@ def decode_rows(
     if zero_points is not None:
         if zero_points.dtype is torch.uint8:
             zero_points = _unpack(zero_points, bits, scales.shape[1])
+        elif zero_points.dtype is torch.int8:
+            zero_points = (zero_points.float() + 128) * 2.0 ** (bits - 8)
         values = values - zero_points.float().index_select(1, place)
     return values * _full_scales(scales, scale_steps).index_select(1, place)
 

@@ -28,6 +28,7 @@ _NUMBERS = {
     torch.float16: _kernels.FLOAT16,
     torch.float64: _kernels.FLOAT64,
     torch.uint8: _kernels.UINT8,
+    torch.int8: _kernels.INT8,
 }
 
 
@@ -54,7 +55,7 @@ def multiply(call: Call) -> torch.Tensor:
     typed: tuple[torch.Tensor | None, ...] = (result, call.rows, call.scales)
     if call.group is not None:
         tensors += (call.scale_steps, call.zero_points, call.codebook)
-        typed += (call.zero_points, call.codebook)
+        typed += (call.scale_steps, call.zero_points, call.codebook)
         sizes += [call.bits, call.group, 1 if call.codebook is None else call.codebook.shape[0]]
     if not call.is_backward:
         tensors, typed = (*tensors, call.bias), (*typed, call.bias)

@@ -266,8 +266,9 @@ def packed_linear(
         weights: uint8 [out_features, row bytes], dense rows, first code in the lowest bits.
         scales: [out_features, ceil(in_features / group)]; a float type, or uint8: codes of
             ``scale_steps``, without those exponents, ``2 ** (scale - 127)``.
-        scale_steps: float32 [out_features], or None.
-        zero_points: as scales, of a float type; or uint8, packed as the weights are; or None.
+        scale_steps: floats [out_features], or None.
+        zero_points: as scales, of a float type; or uint8, packed as the weights are; or int8
+            [out_features, groups], ``(i + 128) * 2**(bits - 8)``; or None.
         codebook: a float type, [1, 2**bits] or one a row, [out_features, 2**bits]; or None.
         bias: [out_features], of a float type, or None.
         bits: of a code; 0: ternary codes 0, 1, 2 for 0, 1, -1, five to a byte in base 3.

@@ -10,7 +10,7 @@ from quantization.numerics.parameters import Mode, check_granularity, check_mode
 __all__ = ["MX_GROUP", "PER_ROW", "along_rows", "check_scheme"]
 
 GRIDS = ("integer", "nf4", "fp4", "mxfp4", "kmeans", "binary", "ternary")
-ZERO_POINTS = ("integer", "float")
+ZERO_POINTS = ("integer", "float", "fixed")
 MX_GROUP = 32
 PER_ROW = PerDimension(1)
 
@@ -48,11 +48,17 @@ def along_rows(granularity: Any) -> Granularity:
 def _check_mode(scheme: Any) -> None:
     check_mode(scheme.mode)
     if scheme.zero_point not in ZERO_POINTS:
-        raise ValueError(f"zero_point must be 'integer' or 'float', not {scheme.zero_point!r}")
+        allowed = ", ".join(map(repr, ZERO_POINTS))
+        raise ValueError(f"zero_point must be one of {allowed}, not {scheme.zero_point!r}")
     if scheme.mode is Mode.Asymmetric and scheme.grid != "integer":
         raise ValueError(f"grid {scheme.grid!r} has no zero points: use Mode.Symmetric")
-    if scheme.mode is Mode.Symmetric and scheme.zero_point == "float":
-        raise ValueError("zero_point='float' needs zero points: use Mode.Asymmetric")
+    if scheme.mode is Mode.Symmetric and scheme.zero_point != "integer":
+        raise ValueError(f"zero_point={scheme.zero_point!r} needs zero points: use Mode.Asymmetric")
+    if scheme.zero_point == "fixed" and not scheme.double_quant:
+        raise ValueError(
+            "zero_point='fixed', 8 bits, stands beside scales of 8 bits: use double_quant=True, or "
+            "zero_point='float'"
+        )
 
 
 def _check_bits(scheme: Any) -> None:

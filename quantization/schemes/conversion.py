@@ -134,7 +134,7 @@ def whole_levels(packed: PackedWeights) -> torch.Tensor | None:
     is_asymmetric = scheme.mode is Mode.Asymmetric
     if scheme.grid not in ("integer", "binary", "ternary"):
         return None
-    if is_asymmetric and scheme.zero_point == "float":
+    if is_asymmetric and not scheme.has_integer_zeros:
         return None
     if packed.packed_weights.is_meta:
         return torch.empty((rows, cols), dtype=torch.int16, device="meta")

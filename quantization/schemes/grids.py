@@ -26,6 +26,7 @@ from quantization.schemes.stored_scales import (
     StoredScales,
     as_codes,
     as_exponents,
+    as_fixed,
     as_floats,
     as_given,
     check_range,
@@ -108,8 +109,14 @@ class Matrix:
     def store(self, scales: np.ndarray) -> StoredScales:
         """Scales as the scheme stores them."""
         if self.scheme.double_quant:
-            return as_codes(scales, self.weight)
+            return as_codes(scales, self.weight, self.scheme.steps_dtype)
         return as_floats(scales, self.scheme.scale_dtype or self.source.name, self.weight)
+
+    def store_zeros(self, zeros: np.ndarray) -> tuple[Tensor, np.ndarray]:
+        """Zero points between codes as the scheme stores them, and as float32."""
+        if self.scheme.zero_point == "fixed":
+            return as_fixed(zeros, self.scheme.bits, self.weight)
+        return self.as_layer(zeros)
 
     def as_layer(self, numbers: np.ndarray) -> tuple[Tensor, np.ndarray]:
         """Numbers rounded to the type of the weights: as a tensor to store, and as float32."""
@@ -162,8 +169,8 @@ def _integers(matrix: Matrix) -> Coded:
     if scheme.double_quant:  # a block of zeros would have the scale 1, far above the others
         scales = np.where(matrix.mean_magnitudes() == 0, 0, scales)
     stored = matrix.store(scales)
-    if scheme.zero_point == "float":
-        return _with_float_zero_points(matrix, stored)
+    if scheme.zero_point != "integer":
+        return with_float_zero_points(matrix, stored, _exact_zero_points(matrix, stored.restored))
     restored, zero = stored.restored, None
     if scheme.mode is Mode.Asymmetric:
         zero = np.clip(np.rint(_exact_zero_points(matrix, restored)), 0, rule.code_max)
@@ -207,10 +214,13 @@ def _exact_zero_points(matrix: Matrix, scales: np.ndarray) -> np.ndarray:
     return quotients
 
 
-def _with_float_zero_points(matrix: Matrix, stored: StoredScales) -> Coded:
-    """Codes ``rint(x / scale + zero)``: the ends of the range are met, 0 lies between two codes."""
+def with_float_zero_points(matrix: Matrix, stored: StoredScales, zeros: np.ndarray) -> Coded:
+    """Codes ``rint(x / scale + zero)`` under zero points between codes, as the scheme stores them.
+
+    Those of the range meet its ends, and 0 lies between two codes.
+    """
     scales = np.where(stored.restored > 0, stored.restored, np.float32(1))  # 0 and NaN
-    zero_points, zero = matrix.as_layer(_exact_zero_points(matrix, stored.restored))
+    zero_points, zero = matrix.store_zeros(zeros)
     codes = np.empty(matrix.x.shape, "uint8")
     top = (1 << matrix.scheme.bits) - 1
     for rows in matrix.chunks():

@@ -28,6 +28,7 @@ _SPANS = {
 _SCALE_TYPES = {"f32": "float32", "f64": "float64", "f16": "float16", "bf16": "bfloat16"}
 _SHORT = {name: short for short, name in _SCALE_TYPES.items()}
 _DOUBLE_QUANT, _ORDER = "dq", "order"
+_SCALES_ONLY = "dqs"  # beside float zero points that stay floats
 
 
 def parse_name(text: Any) -> dict[str, Any]:
@@ -72,13 +73,20 @@ def _span(match: re.Match[str], grid: str) -> Granularity:
 
 def _option(text: str, option: str, values: dict[str, Any]) -> dict[str, Any]:
     flags = {_DOUBLE_QUANT: "double_quant", _ORDER: "input_order"}
-    found = {flags[option]: True} if option in flags else {"scale_dtype": _SCALE_TYPES.get(option)}
+    has_floats = values.get("zero_point") == "float"
+    if has_floats:
+        flags[_SCALES_ONLY] = "double_quant"
+    found: dict[str, Any] = {"scale_dtype": _SCALE_TYPES.get(option)}
+    if option in flags:
+        found = {flags[option]: True}
     if None in found.values():
         allowed = ", ".join(f"+{name}" for name in (*flags, *_SCALE_TYPES))
         raise ValueError(f"{text!r} has the option +{option}; allowed are {allowed}")
     if found.keys() & values.keys():
         what = "the order of the columns" if option == _ORDER else "what the scales are"
         raise ValueError(f"{text!r} says twice {what}")
+    if option == _DOUBLE_QUANT and has_floats:
+        found["zero_point"] = "fixed"
     return found
 
 
@@ -95,8 +103,10 @@ def name_of_scheme(scheme: Any) -> str:
     )
     mode = ""
     if scheme.mode is Mode.Asymmetric:
-        mode = "af" if scheme.zero_point == "float" else "a"
+        mode = "a" if scheme.zero_point == "integer" else "af"
     options = f"+{_DOUBLE_QUANT}" if scheme.double_quant else ""
+    if options and scheme.zero_point == "float":
+        options = f"+{_SCALES_ONLY}"
     if scheme.scale_dtype:
         options += f"+{_SHORT[scheme.scale_dtype]}"
     options += f"+{_ORDER}" if scheme.input_order else ""

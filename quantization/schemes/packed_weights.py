@@ -15,11 +15,12 @@ there are zero points, in two's complement where there are none. ``z`` is 0 with
     codes a byte.
 ``scales`` ``[out, groups]``, ``groups = ceil(in / group)``
     Floats; or uint8 codes under ``scale_steps`` float32 ``[out]``, ``s = code * step`` (double
-    quantization); or, in the grid ``mxfp4``, uint8 exponents, ``s = 2**(u - 127)``, 255 for NaN.
+    quantization; bfloat16 beside fixed zero points); or, in the grid ``mxfp4``, uint8 exponents, ``s = 2**(u - 127)``, 255 for NaN.
     Without groups there is one a row; one for the whole matrix is repeated.
 ``zero_points``, in mode Asymmetric
     Integers of ``bits`` bits, packed as the codes are, uint8 ``[out, ceil(groups * bits / 8)]``; or
-    floats ``[out, groups]``.
+    floats ``[out, groups]``; or fixed point, int8 ``[out, groups]``, ``z = (i + 128) * 2**(bits -
+    8)``.
 ``codebook``, for the grids that have one
     Levels ``[1, 2**bits]``, or ``[out, 2**bits]`` where each row has its own.
 ``input_order``, for schemes that have one
@@ -42,9 +43,9 @@ from quantization.ops import native
 from quantization.ops.dtypes import name_of, source_of
 from quantization.ops.native import Tensor
 from quantization.schemes.column_order import same_order
-from quantization.schemes.grids import WEIGHED, Matrix, encode_matrix
+from quantization.schemes.grids import WEIGHED, Coded, Matrix, encode_matrix
 from quantization.schemes.scheme import Scheme, checked_shape, scheme_of
-from quantization.schemes.stored_scales import restore
+from quantization.schemes.stored_scales import restore, restore_zeros
 
 __all__ = ["PARTS", "PackedWeights", "pack_matrix"]
 
@@ -62,7 +63,7 @@ class PackedWeights:
         packed_weights: uint8 ``[out, row bytes]``.
         scales: floats or uint8, ``[out, groups]``.
         scale_steps: float32 ``[out]``, or None.
-        zero_points: uint8 or floats, or None.
+        zero_points: uint8, int8 or floats, or None.
         codebook: floats, or None.
         input_order: int32 ``[in]``, or None.
         dtype: type of the weights, a torch dtype, NumPy dtype or name; None: that of the scales,
@@ -213,7 +214,7 @@ class PackedWeights:
                 places = places + np.arange(0, book.size, book.shape[1], dtype=np.int32)[:, None]
             levels = book.reshape(-1)[places]
         elif self._has_float_zero_points:
-            zero = native.to_array(native.cast(self.zero_points, "float32"))
+            zero = restore_zeros(self.zero_points, self.scheme.bits)
             wide = np.repeat(zero, self.scheme.group(self.shape[1]), axis=1)
             levels = native.to_array(codes) - wide[:, : self.shape[1]]
         else:
@@ -226,7 +227,7 @@ class PackedWeights:
 
     @property
     def _has_float_zero_points(self) -> bool:
-        return self.scheme.mode is Mode.Asymmetric and self.scheme.zero_point == "float"
+        return self.scheme.mode is Mode.Asymmetric and not self.scheme.has_integer_zeros
 
     def integer_zero_points(self) -> Any:
         """Zero points that are whole codes, int32 ``[out, groups]``; None where there are none.
@@ -236,7 +237,7 @@ class PackedWeights:
             >>> pack_matrix(np.array([[-1.0, 2.0]], "float32"), "w2a").integer_zero_points()
             array([[1]], dtype=int32)
         """
-        if self.scheme.mode is Mode.Symmetric or self._has_float_zero_points:
+        if not self.scheme.has_integer_zeros:
             return None
         groups = self.scheme.groups(self.shape[1])
         zero = unpack_weights(
@@ -309,6 +310,13 @@ def pack_matrix(
     if native.is_meta(weight) or 0 in shape:
         return _blank(weight, scheme)
     coded = encode_matrix(Matrix(weight, source, scheme, weights, nonfinite, name))
+    return packed_of_codes(coded, scheme, shape, source.name)
+
+
+def packed_of_codes(
+    coded: Coded, scheme: Scheme, shape: tuple[int, int], dtype: str
+) -> PackedWeights:
+    """The packed matrix of codes and what decodes them; what all rows share is repeated."""
     zero = None if coded.zero_points is None else _for_each_row(coded.zero_points, shape[0])
     if zero is not None and name_of(zero.dtype) == "uint8":
         zero = pack_weights(zero, scheme.bits, layout="dense", dim=1)
@@ -320,8 +328,8 @@ def pack_matrix(
         coded.scales.steps,
         zero,
         coded.codebook,
-        source.name,
-        same_order(weight, scheme),
+        dtype,
+        same_order(coded.codes, scheme),
     )
 
 
@@ -373,7 +381,7 @@ def _check_part(name: str, tensor: Any, shape: tuple[int, ...], dtype: str) -> N
         raise TypeError(f"{name} must be a torch.Tensor or ndarray, not {type(tensor).__name__}")
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this scheme needs {shape}")
-    if dtype not in ("uint8", "int32"):
+    if dtype not in ("uint8", "int8", "int32"):
         source_of(tensor.dtype, name)
     elif name_of(tensor.dtype) != dtype:
         raise TypeError(f"{name} has dtype {name_of(tensor.dtype)}; this scheme needs {dtype}")

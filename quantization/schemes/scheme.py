@@ -42,7 +42,7 @@ class Buffer(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of its numbers."""
-        size = {"uint8": 1, "int32": 4}.get(self.dtype) or SOURCES[self.dtype].itemsize
+        size = {"uint8": 1, "int8": 1, "int32": 4}.get(self.dtype) or SOURCES[self.dtype].itemsize
         return math.prod(self.shape) * size
 
 
@@ -60,10 +60,12 @@ class Scheme:
         mode: Symmetric; Asymmetric, with zero points, for the grid ``integer`` only.
         grid: what numbers a code may stand for; the table at the head of the module.
         zero_point: ``"integer"``: a whole code, so that the weight 0 stays exact; ``"float"``: not
-            rounded, so that the range of the weights is met. Read in mode Asymmetric only.
+            rounded, so that the range of the weights is met; ``"fixed"``: between codes too, in 8
+            bits of fixed point, for double quantization. Read in mode Asymmetric only.
         scale_dtype: name of the type of the scales; None: the type of the weights. ``mxfp4``
             scales are exponents (uint8) and double quantized ones codes (uint8): None there.
-        double_quant: whether the scales of a row of groups are uint8 codes under one float32 step.
+        double_quant: whether the scales of a row of groups are uint8 codes under one step: float32,
+            or bfloat16 beside fixed zero points.
         input_order: whether the columns are stored in an order of their own, so that a group need
             not be neighbours (GPTQ's act-order). What is quantized here keeps the order it has.
 
@@ -187,7 +189,8 @@ class Scheme:
         ``int8``; then ``g<size>`` for groups, ``r`` for rows or ``t`` for the tensor (left out:
         rows, groups of 64 for ``nf4`` and ``fp4``, the tensor for ``kmeans``); then ``a`` for
         asymmetric, ``af`` with float zero points, ``s`` or nothing for symmetric; then options:
-        ``+dq``, double quantization, ``+f32``, ``+f64``, ``+f16`` or ``+bf16``, the type of the
+        ``+dq``, double quantization (``af+dq``: of zero points too, 8 bits in fixed point;
+        ``af+dqs``: of the scales alone), ``+f32``, ``+f64``, ``+f16`` or ``+bf16``, the type of the
         scales, and ``+order``, columns in an order of their own.
 
         Raises:
@@ -283,13 +286,23 @@ class Scheme:
         bits = 0 if self.grid == "ternary" else self.bits
         zeros = 0
         if self.mode is Mode.Asymmetric:
-            zeros = 2 if self.zero_point == "float" else 1
+            zeros = 1 if self.zero_point == "integer" else 2
         return bits, self.group(in_features), zeros, int(self.has_codebook)
 
     @property
     def is_grouped(self) -> bool:
         """Whether a row may have several scales."""
         return isinstance(self.granularity, PerGroup)
+
+    @property
+    def steps_dtype(self) -> str:
+        """Type of the steps of double quantization."""
+        return "bfloat16" if self.zero_point == "fixed" else "float32"
+
+    @property
+    def has_integer_zeros(self) -> bool:
+        """Whether zero points are whole codes, packed as codes are."""
+        return self.mode is Mode.Asymmetric and self.zero_point == "integer"
 
     @property
     def has_codebook(self) -> bool:
@@ -319,8 +332,10 @@ class Scheme:
             "scales": Buffer((rows, groups), scale_dtype),
         }
         if self.double_quant:
-            made["scale_steps"] = Buffer((rows,), "float32")
-        if self.mode is Mode.Asymmetric and self.zero_point == "float":
+            made["scale_steps"] = Buffer((rows,), self.steps_dtype)
+        if self.mode is Mode.Asymmetric and self.zero_point == "fixed":
+            made["zero_points"] = Buffer((rows, groups), "int8")
+        elif self.mode is Mode.Asymmetric and self.zero_point == "float":
             made["zero_points"] = Buffer((rows, groups), layer)
         elif self.mode is Mode.Asymmetric:
             made["zero_points"] = Buffer((rows, -(-groups * self.bits // 8)), "uint8")

@@ -14,10 +14,13 @@ __all__ = [
     "StoredScales",
     "as_codes",
     "as_exponents",
+    "as_fixed",
     "as_floats",
     "as_given",
     "check_range",
     "restore",
+    "restore_zeros",
+    "under_steps",
 ]
 
 _BIAS = 127  # of an E8M0 exponent
@@ -55,10 +58,37 @@ def restore(scales: Tensor, steps: Tensor | None = None) -> np.ndarray:
             return native.to_array(native.cast(scales, "float32"))
     codes = native.to_array(scales)
     if steps is not None:
-        return codes.astype("float32") * native.to_array(steps)[:, None]
+        return codes.astype("float32") * native.to_array(native.cast(steps, "float32"))[:, None]
     is_nan = codes == _NAN_EXPONENT
     powers = np.ldexp(np.float32(1), np.where(is_nan, 0, codes.astype("int32") - _BIAS))
     return np.where(is_nan, np.float32(np.nan), powers)
+
+
+def as_fixed(zeros: np.ndarray, bits: int, like: Tensor) -> tuple[Tensor, np.ndarray]:
+    """Zero points of codes of ``bits`` bits in 8 bits of fixed point, and what they stand for.
+
+    ``zero = (i + 128) * 2**(bits - 8)``, i of -128..127: from 0 to nearly ``2**bits``.
+
+    Example:
+        >>> as_fixed(np.array([[7.53, -1.0]]), 4, np.zeros(1))
+        (array([[  -8, -128]], dtype=int8), array([[7.5, 0. ]], dtype=float32))
+    """
+    places = np.clip(np.rint(np.nan_to_num(zeros) * 2.0 ** (8 - bits)), 0, 255) - 128
+    stored = native.as_tensor_like(places.astype("int8"), "int8", like)
+    return stored, restore_zeros(stored, bits)
+
+
+def restore_zeros(zeros: Tensor, bits: int) -> np.ndarray:
+    """The float32 zero points that floats, or fixed point (int8) beside ``bits`` bits, stand for.
+
+    Example:
+        >>> restore_zeros(np.array([[0, 127]], "int8"), 2)
+        array([[2.      , 3.984375]], dtype=float32)
+    """
+    floats = native.to_array(native.cast(zeros, "float32"))
+    return (
+        (floats + 128) * np.float32(2.0 ** (bits - 8)) if name_of(zeros.dtype) == "int8" else floats
+    )
 
 
 def check_range(scales: np.ndarray) -> None:
@@ -105,10 +135,11 @@ def as_floats(scales: np.ndarray, dtype: str, like: Tensor) -> StoredScales:
     return StoredScales(stored, None, restored)
 
 
-def as_codes(scales: np.ndarray, like: Tensor) -> StoredScales:
-    """Scales as multiples 0..255 of one float32 step a row, the largest scale being 255 steps.
+def as_codes(scales: np.ndarray, like: Tensor, dtype: str = "float32") -> StoredScales:
+    """Scales as multiples 0..255 of one step a row, the largest scale being about 255 steps.
 
-    A scale above 0 has a code of at least 1; a NaN makes its whole row NaN.
+    The steps are rounded to ``dtype`` first. A scale above 0 has a code of at least 1; a NaN makes
+    its whole row NaN.
 
     Source: double quantization, T. Dettmers et al., "QLoRA" (2023), with a linear grid.
 
@@ -117,17 +148,26 @@ def as_codes(scales: np.ndarray, like: Tensor) -> StoredScales:
         array([[255,   1,   0, 100]], dtype=uint8)
     """
     largest = scales.max(axis=1, initial=0).astype("float32")
-    steps = np.where(
-        largest > 0, np.maximum(largest / _LARGEST_CODE, _SMALLEST["float32"]), largest
-    )
-    steps = steps.astype("float32")
+    steps = np.where(largest > 0, np.maximum(largest / _LARGEST_CODE, _SMALLEST[dtype]), largest)
+    return under_steps(scales, steps, like, dtype)
+
+
+def under_steps(
+    scales: np.ndarray, steps: np.ndarray, like: Tensor, dtype: str = "float32"
+) -> StoredScales:
+    """Scales as multiples 0..255 of the steps of their rows, which are rounded to ``dtype`` first.
+
+    Example:
+        >>> under_steps(np.array([[2.0, 1.04]]), np.array([0.1]), np.zeros(1)).scales
+        array([[20, 10]], dtype=uint8)
+    """
+    wide = native.as_tensor_like(steps.astype("float32"), "float32", like)
+    stored_steps = native.cast(wide, dtype)
+    steps = native.to_array(native.cast(stored_steps, "float32"))
     share = np.divide(scales, steps[:, None], out=np.zeros_like(scales), where=steps[:, None] > 0)
     codes = np.clip(np.rint(share), np.where(scales > 0, 1, 0), _LARGEST_CODE).astype("uint8")
-    stored = (
-        native.as_tensor_like(codes, "uint8", like),
-        native.as_tensor_like(steps, "float32", like),
-    )
-    return StoredScales(*stored, restore(*stored))
+    stored = native.as_tensor_like(codes, "uint8", like)
+    return StoredScales(stored, stored_steps, restore(stored, stored_steps))
 
 
 def as_exponents(largest: np.ndarray, like: Tensor) -> StoredScales:

@@ -20,7 +20,7 @@ load_tests = pytest_cases(__file__)
 
 TYPES = list(SOURCES)
 WIDTHS = list(range(9))  # 0: five ternary codes a byte
-ZEROS = ("none", "packed", "float")
+ZEROS = ("none", "packed", "float", "fixed")
 GROUPS = (1, 3, 4, 5, 8, 12, 16, 32, 33, 48, 64, 96, 128, 256)
 
 
@@ -39,6 +39,7 @@ class Weights:
     scales: np.ndarray
     scales_dtype: str
     steps: np.ndarray | None
+    steps_dtype: str
     zeros: np.ndarray | None
     zeros_dtype: str
     codebook: np.ndarray | None
@@ -67,12 +68,14 @@ class Weights:
         if self.scales_dtype != "uint8":
             return numbers(self.scales, self.scales_dtype)
         if self.steps is not None:
-            return self.scales.astype(np.float64) * self.steps.astype(np.float64)[:, None]
+            return self.scales.astype(np.float64) * numbers(self.steps, self.steps_dtype)[:, None]
         return 2.0 ** (self.scales.astype(np.float64) - 127)
 
     def _zeros(self) -> np.ndarray:
         if self.zeros is None:
             return np.zeros(self.scales.shape)
+        if self.zeros_dtype == "int8":
+            return (self.zeros.astype(np.float64) + 128) / 2.0 ** (8 - self.bits)
         if self.zeros_dtype != "uint8":  # kernels read them as float32
             return numbers(self.zeros, self.zeros_dtype).astype(np.float32).astype(np.float64)
         return unpacked(self.zeros, self.bits, self.scales.shape[1]).astype(np.float64)
@@ -84,17 +87,20 @@ def random_weights(
     groups = -(-cols // group)
     codes = rng.integers(0, 243 if bits == 0 else 256, (rows, row_bytes(cols, bits)), np.uint8)
     scales_dtype = str(rng.choice([*TYPES, "uint8", "uint8"]))
-    steps = None
+    steps, steps_dtype = None, "float32"
     if scales_dtype == "uint8":
         scales = rng.integers(118, 128, (rows, groups), np.uint8)
         if rng.integers(2):
-            steps = rng.uniform(0.001, 0.01, rows).astype(np.float32)
+            steps_dtype = str(rng.choice(TYPES))
+            steps = stored(rng.uniform(0.001, 0.01, rows), steps_dtype)
     else:
         scales = stored(rng.uniform(0.001, 0.02, (rows, groups)), scales_dtype)
     zero_points, zeros_dtype = None, "float32"
     if bits and zeros == "packed":
         zero_points = rng.integers(0, 256, (rows, row_bytes(groups, bits)), np.uint8)
         zeros_dtype = "uint8"
+    elif bits and zeros == "fixed":
+        zero_points, zeros_dtype = rng.integers(-128, 128, (rows, groups), np.int8), "int8"
     elif bits and zeros == "float":
         zeros_dtype = str(rng.choice(TYPES))
         zero_points = stored(rng.uniform(0, 2**bits, (rows, groups)), zeros_dtype)
@@ -103,7 +109,17 @@ def random_weights(
         shape = (1 if books == 1 else rows, 2**bits)
         codebook = rng.standard_normal(shape).astype(np.float32)
     return Weights(
-        bits, group, cols, codes, scales, scales_dtype, steps, zero_points, zeros_dtype, codebook
+        bits,
+        group,
+        cols,
+        codes,
+        scales,
+        scales_dtype,
+        steps,
+        steps_dtype,
+        zero_points,
+        zeros_dtype,
+        codebook,
     )
 
 
@@ -113,11 +129,12 @@ def arguments(weights: Weights, offset: int) -> list[np.ndarray | None]:
 
 
 def type_number(name: str) -> int:
-    return _kernels.UINT8 if name == "uint8" else number_of(name)
+    return getattr(_kernels, name.upper()) if name in ("uint8", "int8") else number_of(name)
 
 
 def dtypes(weights: Weights) -> list[int]:
-    return [type_number(weights.scales_dtype), type_number(weights.zeros_dtype), _kernels.FLOAT32]
+    kinds = weights.scales_dtype, weights.steps_dtype, weights.zeros_dtype
+    return [*map(type_number, kinds), _kernels.FLOAT32]
 
 
 def sizes(weights: Weights, tokens: int) -> list[int]:

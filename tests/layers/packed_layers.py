@@ -28,6 +28,7 @@ SCHEMES = [
     "ternaryg16+dq",
     "w3g16af",
     "w5g16a+dq",
+    "w4g16af+dq",
 ]
 
 

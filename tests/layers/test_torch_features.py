@@ -27,7 +27,17 @@ load_tests = pytest_cases(__file__)
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS, WIDTH = 30, 40
-SCHEMES = ["w4g16a", "w3g16", "nf4", "w5g16a+dq", "ternary", "kmeans2r", "mxfp4", "w3g16af"]
+SCHEMES = [
+    "w4g16a",
+    "w4g16af+dq",
+    "w3g16",
+    "nf4",
+    "w5g16a+dq",
+    "ternary",
+    "kmeans2r",
+    "mxfp4",
+    "w3g16af",
+]
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ FLOATS = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 SCHEMES = [
     *(f"w{bits}g16" for bits in range(2, 9)),
     *("w1a", "w4a", "w4t", "w3g7a", "w4g16+f32", "nf4", "fp4g16+dq", "mxfp4", "kmeans3"),
-    *("kmeans2r", "binaryg16", "ternary", "ternaryg16+dq", "w3g16af", "w5g16a+dq"),
+    *("kmeans2r", "binaryg16", "ternary", "ternaryg16+dq", "w3g16af", "w5g16a+dq", "w3g16af+dq"),
 ]
 #: The operators as torch alone computes them, beside torch.ops.quantization.
 IN_TORCH = SimpleNamespace(

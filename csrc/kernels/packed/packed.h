@@ -49,14 +49,23 @@ static inline float qk_packed_scale(const qk_packed *packed, size_t row, size_t 
     if (packed->scales_dtype != QK_UINT8)
         return (float)qk_load_source(packed->scales, index, packed->scales_dtype);
     uint8_t code = ((const uint8_t *)packed->scales)[index];
-    return packed->scale_steps ? (float)code * qk_load_float32(packed->scale_steps, row)
+    return packed->scale_steps ? (float)code * (float)qk_load_source(packed->scale_steps, row,
+                                                              packed->steps_dtype)
                                : qk_from_exponent(code);
+}
+
+/* A zero point in fixed point, among the codes 0 .. 2^bits - 1. */
+static inline float qk_fixed_zero(int8_t zero, size_t bits)
+{
+    return (float)((zero + 128) << bits) * 0x1p-8f;
 }
 
 static inline float qk_packed_zero(const qk_packed *packed, size_t row, size_t group, size_t groups)
 {
     if (!packed->zeros)
         return 0;
+    if (packed->zeros_dtype == QK_INT8)
+        return qk_fixed_zero(((const int8_t *)packed->zeros)[row * groups + group], packed->bits);
     if (packed->zeros_dtype != QK_UINT8)
         return (float)qk_load_source(packed->zeros, row * groups + group, packed->zeros_dtype);
     const uint8_t *zeros = packed->zeros;

@@ -22,7 +22,7 @@ from quantization.schemes.codebooks import E2M1
 from quantization.schemes.conversion import whole_levels
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
-from quantization.schemes.stored_scales import restore
+from quantization.schemes.stored_scales import restore, restore_zeros
 
 __all__ = ["blocks_of", "packed_of"]
 
@@ -268,7 +268,7 @@ def _as_half(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _zero_points(packed: PackedWeights) -> torch.Tensor:
     if has_float_zeros(packed.scheme):
-        return packed.zero_points
+        return torch.from_numpy(restore_zeros(packed.zero_points, packed.scheme.bits))
     groups = packed.scheme.groups(packed.shape[1])
     return unpack_weights(
         packed.zero_points, packed.scheme.bits, layout="dense", dim=1, size=groups

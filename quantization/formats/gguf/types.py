@@ -70,7 +70,7 @@ def has_float_zeros(scheme: Scheme) -> bool:
         >>> has_float_zeros(Scheme.parse("w4g32af"))
         True
     """
-    return scheme.mode is Mode.Asymmetric and scheme.zero_point == "float"
+    return scheme.mode is Mode.Asymmetric and not scheme.has_integer_zeros
 
 
 def _levels(scheme: Scheme) -> tuple[int, int]:
