@@ -81,8 +81,8 @@ HOW_TO_READ = (
     "scale: scales[n, g] as it is; or scales[n, g] * scale_steps[n] if there are scale_steps; or "
     "2 ** (scales[n, g] - 127), 255 being NaN, in the grid mxfp4.",
     "zero_point: zero_points[n, g] if they are floats; if they are int8, (zero_points[n, g] + 128) "
-    "* 2 ** (bits - 8); if they are uint8, codes packed as the weights are, one a group; 0 if there "
-    "are none.",
+    "* 2 ** (bits - 8); if they are uint8, codes packed as the weights are, one a group; 0 if "
+    "there are none.",
     "where there is an input_order, what is stored for k belongs to column input_order[k].",
 )
 

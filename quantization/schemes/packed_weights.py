@@ -15,7 +15,8 @@ there are zero points, in two's complement where there are none. ``z`` is 0 with
     codes a byte.
 ``scales`` ``[out, groups]``, ``groups = ceil(in / group)``
     Floats; or uint8 codes under ``scale_steps`` float32 ``[out]``, ``s = code * step`` (double
-    quantization; bfloat16 beside fixed zero points); or, in the grid ``mxfp4``, uint8 exponents, ``s = 2**(u - 127)``, 255 for NaN.
+    quantization; bfloat16 beside fixed zero points); or, in the grid ``mxfp4``, uint8 exponents,
+    ``s = 2**(u - 127)``, 255 for NaN.
     Without groups there is one a row; one for the whole matrix is repeated.
 ``zero_points``, in mode Asymmetric
     Integers of ``bits`` bits, packed as the codes are, uint8 ``[out, ceil(groups * bits / 8)]``; or

@@ -53,10 +53,12 @@ static long double weight_at(const qk_linear *l, size_t row, size_t k)
     if (p->scales_dtype != QK_UINT8)
         scale = load(&scales_region, index, p->scales_dtype);
     else if (p->scale_steps)
-        scale = (long double)scales_region.data[index] * load(&steps_region, row, QK_FLOAT32);
+        scale = (long double)scales_region.data[index] * load(&steps_region, row, p->steps_dtype);
     else
         scale = ldexp(1, scales_region.data[index] - 127);
-    if (p->zeros && p->zeros_dtype != QK_UINT8)
+    if (p->zeros && p->zeros_dtype == QK_INT8)
+        zero = ldexpl(((int8_t *)zeros_region.data)[index] + 128, (int)p->bits - 8);
+    else if (p->zeros && p->zeros_dtype != QK_UINT8)
         zero = (float)load(&zeros_region, index, p->zeros_dtype); /* kernels read floats */
     else if (p->zeros)
         zero = code_at(zeros_region.data + row * row_bytes(groups, p->bits), group, p->bits);
@@ -89,14 +91,19 @@ static void random_packed(qk_linear *l, qk_packed *p)
         p->scales = place_random(&scales_region, rows * groups);
     for (size_t i = 0; kind == 1 && i < rows * groups; i++)
         scales_region.data[i] = (unsigned char)(118 + scales_region.data[i] % 12);
+    p->steps_dtype = (qk_dtype)random_below(QK_FLOATS);
     if (kind == 0)
-        p->scale_steps = fill_floats(&steps_region, QK_FLOAT32, rows, 0.01);
-    kind = p->bits == QK_BASE3 ? 0 : random_below(4);
+        p->scale_steps = fill_floats(&steps_region, p->steps_dtype, rows, 0.01);
+    kind = p->bits == QK_BASE3 ? 0 : random_below(5);
     p->zeros_dtype = kind == 1 ? QK_UINT8 : (qk_dtype)random_below(QK_FLOATS);
     if (kind == 1)
         p->zeros = place_random(&zeros_region, rows * row_bytes(groups, p->bits));
     if (kind == 2)
         p->zeros = fill_floats(&zeros_region, p->zeros_dtype, rows * groups, 4);
+    if (kind == 3) {
+        p->zeros_dtype = QK_INT8;
+        p->zeros = place_random(&zeros_region, rows * groups);
+    }
     p->codebook_rows = random_below(2) ? 1 : rows;
     p->codebook_dtype = (qk_dtype)random_below(QK_FLOATS);
     if (p->bits != QK_BASE3 && random_below(3) == 0)

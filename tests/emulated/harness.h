@@ -81,6 +81,7 @@ double finite_max(qk_dtype dtype); /* of a float type */
 int apply_flaw(qk_kernels *table, const char *name);
 
 void check_quantize(void); /* range, magnitude, encode, decode */
+void check_fit(void);      /* fit */
 void check_pack(void);     /* pack_*, unpack_* */
 void check_linear(void);   /* linear, linear_backward */
 void check_packed(void);   /* linear_packed, linear_packed_backward */

@@ -29,6 +29,7 @@ static int check_isa(const char *name)
     if (strcmp(qk_active_isa(), name) != 0)
         fail("asked for %s, got %s", name, qk_active_isa());
     check_quantize();
+    check_fit();
     check_pack();
     check_linear();
     check_packed();

@@ -244,17 +244,34 @@ def test_importance_that_does_not_fit(importance: Any, error: type, message: str
 def test_double_quantized_scales(name: str, rng: np.random.Generator) -> None:
     weight = matrix(rng, (4, 100))
     packed = pack_matrix(weight, name)
-    plain = pack_matrix(weight, name.removesuffix("+dq") + "+f32")
+    plain = pack_matrix(weight, name.partition("+")[0] + "+f32")
     exact, codes = array_of(plain.scales), packed.scales.numpy()
     zero = np.zeros(codes.shape, bool)
     for place, block in blocks(weight.numpy(), packed.scheme):
         zero[place] = not block.any()
     steps = np.where(zero, 0, exact).max(axis=1) / 255
-    assert np.allclose(array_of(packed.scale_steps), steps, rtol=1e-6)
-    assert packed.scales.dtype == torch.uint8 and packed.scale_steps.dtype == torch.float32
+    kept = getattr(torch, packed.scheme.steps_dtype)
+    assert packed.scales.dtype == torch.uint8 and packed.scale_steps.dtype == kept
+    found = array_of(packed.scale_steps)
+    assert np.allclose(found, steps, rtol=1e-6 if kept == torch.float32 else 2.0**-8)
+    steps = found
     assert (codes[zero] == 0).all() and (codes[~zero] >= 1).all()
     apart = np.abs(np.where(zero, 0, exact) - codes * steps[:, None])
     assert (apart <= np.maximum(0.5, codes == 1) * steps[:, None] * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_zero_points_in_fixed_point_are_the_nearest(bits: int, rng: np.random.Generator) -> None:
+    weight = matrix(rng, (6, 64))
+    packed = pack_matrix(weight, f"w{bits}g16af+dq")
+    exact = read(pack_matrix(weight, f"w{bits}g16af+dqs")).zero
+    assert packed.zero_points.dtype == torch.int8
+    found, step = read(packed).zero, 2.0 ** (bits - 8)
+    scaled = read(packed).scale > 0
+    assert (found == np.rint(found / step) * step).all()
+    # under a step of 8 bits of precision the scales, and so the exact zeros, are a little apart
+    near = np.abs(found - exact.clip(0, 2**bits - step)) <= step / 2 + exact / 100
+    assert near[scaled].all()
 
 
 @pytest.mark.parametrize("name", ["w3g7af", "w4taf", "w8raf", "w1g9af", "w2g16af+f32"])

@@ -122,6 +122,14 @@ def test_short_names(text: str, expected: str) -> None:
         (Scheme.kmeans(4), "kmeans4"),
         (Scheme.kmeans(2, per_row=True), "kmeans2r"),
         (Scheme(4, GROUP(64), Mode.Asymmetric, double_quant=True), "w4g64a+dq"),
+        (
+            Scheme(4, GROUP(32), Mode.Asymmetric, zero_point="fixed", double_quant=True),
+            "w4g32af+dq",
+        ),
+        (
+            Scheme(4, GROUP(32), Mode.Asymmetric, zero_point="float", double_quant=True),
+            "w4g32af+dqs",
+        ),
     ],
     ids=str,
 )
@@ -189,7 +197,10 @@ def test_names_of_schemes_that_cannot_be(text: str, message: str) -> None:
             r"grid 'kmeans' has no zero points: use Mode.Symmetric",
         ),
         ({"bits": 4, "zero_point": "float"}, r"zero_point='float' needs zero points: use Mode.Asy"),
-        ({"bits": 4, "zero_point": None}, r"zero_point must be 'integer' or 'float', not None"),
+        (
+            {"bits": 4, "zero_point": None},
+            r"zero_point must be one of 'integer', 'float', 'fixed', not None",
+        ),
         (
             {"bits": 4, "granularity": Granularity.PerDimension(0)},
             r"has its scales along the rows: .*, not Granularity.PerDimension\(dim=0\); quantize_",
@@ -213,6 +224,10 @@ def test_names_of_schemes_that_cannot_be(text: str, message: str) -> None:
         (
             {"bits": 4, "granularity": GROUP(8), "double_quant": True, "scale_dtype": "float32"},
             r"double_quant makes the scales uint8 codes: leave scale_dtype='float32' out",
+        ),
+        (
+            {"bits": 4, "mode": Mode.Asymmetric, "zero_point": "fixed"},
+            r"zero_point='fixed', 8 bits, stands beside scales of 8 bits: use double_quant=True",
         ),
         (
             {"bits": 4, "double_quant": True},
@@ -304,6 +319,8 @@ def test_a_scheme_or_its_name() -> None:
         ("w3g8af", (5, 33), "bfloat16", 5 * 13 + 5 * 5 * 2 + 5 * 5 * 2),
         ("w3g8af+f32", (5, 33), "bfloat16", 5 * 13 + 5 * 5 * 4 + 5 * 5 * 2),
         ("w4g32+dq", (6, 64), "float64", 6 * 32 + 6 * 2 + 6 * 4),
+        ("w4g32af+dq", (6, 64), "float64", 6 * 32 + 6 * 2 + 6 * 2 + 6 * 2),
+        ("w4g32af+dqs", (6, 64), "float64", 6 * 32 + 6 * 2 + 6 * 4 + 6 * 2 * 8),
         ("w8t", (3, 5), "float32", 3 * 5 + 3 * 4),
         ("nf4g64", (4, 64), "float32", 4 * 32 + 4 * 4 + 16 * 4),
         ("mxfp4", (4, 65), "bfloat16", 4 * 33 + 4 * 3 + 16 * 2),
