@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import quantization
-from benchmarks import machine, session
+from benchmarks import accuracy, machine, session
 from benchmarks.bench_backward import run_backward
 from benchmarks.bench_files import run_files
 from benchmarks.bench_linear import run_linear
@@ -43,10 +43,12 @@ RUNNERS: dict[str, Callable[[Session], None]] = {
 
 def main(arguments: list[str] | None = None) -> int:
     """Run what the command line asks for; the exit code is 0 unless the arguments are wrong."""
-    options = _parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    if given[:1] == ["accuracy"]:
+        return accuracy.main(given[1:])
+    options = _parser().parse_args(given)
     if options.read:
         return _tell_again(options)
-    given = sys.argv[1:] if arguments is None else arguments
     command = " ".join(["python -m benchmarks", *given])
     run = Session(_settings(options), command)
     run.say(machine.line(run.results.machine))
@@ -79,6 +81,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="Time the kernels beside every installed peer, turn by turn, and against the "
         "limits of the machine, measured in the same run.",
+        epilog="python -m benchmarks accuracy --help: what each way to quantize loses.",
     )
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--full", action="store_true", help="every cell, and the language models")

