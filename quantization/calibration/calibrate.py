@@ -56,7 +56,8 @@ def calibrate(
 
     The model runs in eval mode without gradients, uncompiled, and is afterwards as it was, its
     training flags too, whatever happens. Positions that a batch's ``attention_mask`` [batch,
-    sequence] marks as padding do not count, in layers that are fed by position.
+    sequence] marks as padding do not count, in layers that are fed by position. Fused experts have
+    no linear layers to watch: :func:`quantization.unfuse_experts` comes first.
 
     Args:
         model: the float model; its quantized layers are watched as well.

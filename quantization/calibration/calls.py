@@ -58,23 +58,27 @@ def call(model: Any, batch: Any) -> Any:
     )
 
 
-def output_of(result: Any) -> Tensor:
-    """The tensor that a model's result is about: ``logits``, else ``last_hidden_state``, or itself.
+def output_of(result: Any) -> tuple[Tensor, bool]:
+    """The tensor that a model's result is about, and whether it is hidden states, not logits.
+
+    That is what is called ``logits``, else ``last_hidden_state`` or ``sentence_embedding``, as an
+    attribute or a key; else the result itself, or its first part, as logits.
 
     Raises:
         TypeError: if there is none.
 
     Example:
         >>> output_of((torch.ones(2), None))
-        tensor([1., 1.])
+        (tensor([1., 1.]), False)
     """
-    for name in ("logits", "last_hidden_state"):
-        found = getattr(result, name, None)
+    for name in ("logits", "last_hidden_state", "sentence_embedding"):
+        is_mapping = isinstance(result, Mapping)
+        found = result.get(name) if is_mapping else getattr(result, name, None)
         if isinstance(found, Tensor):
-            return found
+            return found, name != "logits"
     first = result[0] if isinstance(result, tuple | list) and result else result
     if isinstance(first, Tensor):
-        return first
+        return first, False
     raise TypeError(
         f"the model returns a {type(result).__name__}, which has no logits, no last_hidden_state "
         "and is no tensor"
@@ -101,6 +105,8 @@ def masks_of(batch: Any) -> list[Tensor]:
         >>> masks_of({"input_ids": torch.ones(1, 2), "attention_mask": torch.tensor([[1, 0]])})
         [tensor([[ True, False]])]
     """
+    if isinstance(batch, tuple | list):  # models that take one dict of all features
+        batch = next((part for part in batch if isinstance(part, Mapping)), None)
     if not isinstance(batch, Mapping):
         return []
     masks: dict[torch.Size, Tensor] = {}

@@ -144,7 +144,7 @@ def perplexity(
     given = _batches(model, batches, window)
     with observed(model), shown(progress, "perplexity", given) as told:
         for batch in told:
-            logits = output_of(call(model, batch))
+            logits, _ = output_of(call(model, batch))
             causal = _foresees(model, batch, logits) if causal is None else causal
             places = _Positions.of(batch, logits, causal)
             if not places.causal:
@@ -174,8 +174,8 @@ def divergence(
     Both run on the same inputs, in eval mode without gradients. What is compared follows from what
     they give: ``logits`` (or a tensor) as distributions over the last dimension, at each position
     that is no padding, the last one of a causal model's sequence left out; ``last_hidden_state`` as
-    its mean over the positions that are no padding. Sums are float64, and no more memory is taken
-    than the outputs of a batch do.
+    its mean over the positions that are no padding; ``sentence_embedding`` as it is. Sums are
+    float64, and no more memory is taken than the outputs of a batch do.
 
     Args:
         model: the model that is judged.
@@ -213,13 +213,12 @@ class _Comparison:
         self.causal: bool | None = None
 
     def add(self, batch: Any, ours: Any, theirs: Any) -> None:
-        one, other = output_of(ours), output_of(theirs)
+        (one, is_hidden), (other, _) = output_of(ours), output_of(theirs)
         if one.shape != other.shape:
             raise ValueError(
                 f"the model gives {tuple(one.shape)} and the reference {tuple(other.shape)} for "
                 "the same batch"
             )
-        is_hidden = getattr(ours, "logits", None) is None and hasattr(ours, "last_hidden_state")
         if self.causal is None:
             self.causal = not is_hidden and _foresees(self.judge, batch, one)
         places = _Positions.of(batch, one, self.causal)

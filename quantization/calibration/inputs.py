@@ -115,7 +115,7 @@ def is_causal(model: nn.Module, vocabulary: int) -> bool:
     ids = _draw(vocabulary, (1, 4), torch.Generator().manual_seed(0))
     other = ids.clone()
     other[0, -1] = (other[0, -1] + 1) % vocabulary
-    first, second = (output_of(call(model, batch_of(model, each))) for each in (ids, other))
+    first, second = (output_of(call(model, batch_of(model, each)))[0] for each in (ids, other))
     if first.ndim != 3 or first.shape[1] != 4:
         return False
     change = (first - second)[0].abs().amax(-1)
@@ -154,11 +154,9 @@ def batch_of(model: nn.Module, ids: Tensor) -> Any:
 
 def _logits_of(model: nn.Module, ids: Tensor) -> Tensor | None:
     """Logits [sequences, tokens, vocabulary] of a model that gives them, else None."""
-    result = call(model, batch_of(model, ids))
-    logits = output_of(result)
-    if logits.ndim != 3 or (hasattr(result, "last_hidden_state") and not hasattr(result, "logits")):
-        return None
-    return logits if logits.shape[-1] >= (vocabulary_of(model) or 0) else None
+    logits, is_hidden = output_of(call(model, batch_of(model, ids)))
+    is_wide = logits.shape[-1] >= (vocabulary_of(model) or 0)
+    return logits if logits.ndim == 3 and is_wide and not is_hidden else None
 
 
 def _fitting(model: nn.Module, shape: tuple[int, int]) -> tuple[int, int]:

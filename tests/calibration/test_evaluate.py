@@ -11,7 +11,7 @@ torch = pytest.importorskip("torch")
 from torch import nn
 from torch.nn import functional
 
-from quantization.calibration import divergence, evaluate, perplexity
+from quantization.calibration import calibrate, divergence, evaluate, perplexity
 from quantization.models.quantizer import quantize_model
 from tests.tiny_models import random_model
 from tests.unittest_bridge import pytest_cases
@@ -98,6 +98,25 @@ def test_an_encoder_drifts() -> None:
     assert found.drift_error == pytest.approx(error_of(drifts, [1, 1, 1]), rel=1e-9)
     assert found.kl is None and found.perplexity is None
     assert (found.tokens, found.blocks) == (28, 3)
+
+
+def test_sentence_embeddings_and_dicts_of_features() -> None:
+    class Sentences(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 4)
+
+        def forward(self, features: dict) -> dict:
+            return {"sentence_embedding": self.inner(features["x"]).mean(1)}
+
+    torch.manual_seed(0)
+    one, other = Sentences(), Sentences()
+    features = {"x": torch.randn(3, 2, 6), "attention_mask": torch.tensor([[1, 1], [1, 0], [1, 1]])}
+    found = divergence(one, other, [(features,)])
+    pairs = [model(features)["sentence_embedding"].double() for model in (one, other)]
+    assert found.drift == pytest.approx(1 - functional.cosine_similarity(*pairs).mean().item())
+    assert found.blocks == 3 and found.kl is None
+    assert calibrate(one, [(features,)])["inner"].count == 5
 
 
 def test_a_masked_model_and_a_classifier_have_a_divergence_and_no_perplexity() -> None:
