@@ -32,7 +32,7 @@ from quantization.schemes.stored_scales import (
     check_range,
 )
 
-__all__ = ["WEIGHED", "Coded", "Matrix", "encode_matrix"]
+__all__ = ["WEIGHED", "Coded", "Matrix", "encode_matrix", "integer_codes", "level_codes"]
 
 #: Grids that weigh errors by importance.
 WEIGHED = ("kmeans", "binary", "ternary")
@@ -53,7 +53,7 @@ class Coded(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Matrix:
-    """A matrix of at least one weight, and how it is to be coded."""
+    """A matrix and how it is to be coded; of at least one weight for all but its shape."""
 
     weight: Tensor
     source: DType
@@ -67,6 +67,11 @@ class Matrix:
         """The weights as float32; 0 where they are not finite and to be marked."""
         x = native.to_array(native.cast(self.weight, "float32"), self.name)
         return np.nan_to_num(x, posinf=0, neginf=0) if self.nonfinite == "mark" else x
+
+    @property
+    def is_blank(self) -> bool:
+        """Whether it has no numbers: it is empty, or on meta."""
+        return native.is_meta(self.weight) or 0 in self.weight.shape
 
     @property
     def grid(self) -> Grid:
@@ -113,7 +118,11 @@ class Matrix:
         return as_floats(scales, self.scheme.scale_dtype or self.source.name, self.weight)
 
     def store_zeros(self, zeros: np.ndarray) -> tuple[Tensor, np.ndarray]:
-        """Zero points between codes as the scheme stores them, and as float32."""
+        """Zero points as the scheme stores them (codes not packed yet), and as float32."""
+        if self.scheme.has_integer_zeros:
+            codes = np.clip(np.rint(np.nan_to_num(zeros)), 0, (1 << self.scheme.bits) - 1)
+            whole = native.as_tensor_like(codes.astype("uint8"), "uint8", self.weight)
+            return whole, codes.astype("float32")
         if self.scheme.zero_point == "fixed":
             return as_fixed(zeros, self.scheme.bits, self.weight)
         return self.as_layer(zeros)
@@ -157,44 +166,41 @@ def encode_matrix(matrix: Matrix) -> Coded:
 
 def _integers(matrix: Matrix) -> Coded:
     scheme = matrix.scheme
-    code = f"{'int' if scheme.mode is Mode.Symmetric else 'uint'}{scheme.bits}"
-    # Symmetric codes use the full range of their width, but for 8 bits, as in the int8 layer.
-    narrow = scheme.bits == 8 if scheme.mode is Mode.Symmetric else None
     if not scheme.double_quant and scheme.zero_point == "integer":
-        return _plain_integers(matrix, code, narrow)
-    scale_dtype = "float32" if scheme.double_quant else scheme.scale_dtype or matrix.source
-    rule = rule_for(matrix.source, code, scheme.mode, narrow, scale_dtype, matrix.nonfinite)
-    scales = matrix.measure(rule)
+        return _plain_integers(matrix)
+    scales = matrix.measure(_integer_rule(matrix))
     check_range(scales)
     if scheme.double_quant:  # a block of zeros would have the scale 1, far above the others
         scales = np.where(matrix.mean_magnitudes() == 0, 0, scales)
     stored = matrix.store(scales)
-    if scheme.zero_point != "integer":
-        return with_float_zero_points(matrix, stored, _exact_zero_points(matrix, stored.restored))
-    restored, zero = stored.restored, None
-    if scheme.mode is Mode.Asymmetric:
-        zero = np.clip(np.rint(_exact_zero_points(matrix, restored)), 0, rule.code_max)
-        zero = native.as_tensor_like(zero.astype("uint8"), "uint8", matrix.weight)
-    codes = native.encode(
-        matrix.weight,
-        native.as_tensor_like(restored, "float32", matrix.weight),
-        zero,
-        matrix.source,
-        matrix.grid,
-        rule,
-    )
-    return Coded(codes, stored, zero)
+    if scheme.mode is Mode.Symmetric:
+        return Coded(integer_codes(matrix, stored.restored, None), stored)
+    zero_points, zeros = matrix.store_zeros(_exact_zero_points(matrix, stored.restored))
+    return Coded(integer_codes(matrix, stored.restored, zeros), stored, zero_points)
 
 
-def _plain_integers(matrix: Matrix, code: str, narrow: bool | None) -> Coded:
+def _integer_rule(matrix: Matrix) -> Rule:
+    scheme = matrix.scheme
+    code = f"{'int' if scheme.mode is Mode.Symmetric else 'uint'}{scheme.bits}"
+    scale_dtype = "float32" if scheme.double_quant else scheme.scale_dtype or matrix.source
+    narrow = _is_narrow(scheme)
+    return rule_for(matrix.source, code, scheme.mode, narrow, scale_dtype, matrix.nonfinite)
+
+
+def _is_narrow(scheme: Scheme) -> bool | None:
+    """Symmetric codes use the full range of their width, but for 8 bits, as in the int8 layer."""
+    return scheme.bits == 8 if scheme.mode is Mode.Symmetric else None
+
+
+def _plain_integers(matrix: Matrix) -> Coded:
     """What quantize_linear makes, in one pass over the weights."""
     scheme, blocks = matrix.scheme, matrix.grid.blocks
     codes, params = quantize_linear(
         matrix.weight,
-        code,
+        f"{'int' if scheme.mode is Mode.Symmetric else 'uint'}{scheme.bits}",
         scheme.granularity,
         scheme.mode,
-        narrow_range=narrow,
+        narrow_range=_is_narrow(scheme),
         scale_dtype=scheme.scale_dtype or matrix.source,
         nonfinite=matrix.nonfinite,
         name=matrix.name,
@@ -205,6 +211,27 @@ def _plain_integers(matrix: Matrix, code: str, narrow: bool | None) -> Coded:
     return Coded(codes, stored, native.cast(params.zero_point.reshape(blocks), "uint8"))
 
 
+def integer_codes(matrix: Matrix, scales: np.ndarray, zeros: np.ndarray | None) -> Tensor:
+    """The nearest codes of the grid ``integer`` under scales and zero points, float32 by block.
+
+    ``rint(x / scale) + zero``; with zero points between codes ``rint(x / scale + zero)``.
+    """
+    like = matrix.weight
+    if matrix.scheme.mode is Mode.Symmetric or matrix.scheme.has_integer_zeros:
+        zero = None if zeros is None else native.as_tensor_like(zeros.astype("uint8"), "uint8", like)
+        given = native.as_tensor_like(scales, "float32", like)
+        rule = _integer_rule(matrix)
+        return native.encode(like, given, zero, matrix.source, matrix.grid, rule)
+    scales = np.where(scales > 0, scales, np.float32(1))  # 0 and NaN
+    codes = np.empty(matrix.x.shape, "uint8")
+    top = (1 << matrix.scheme.bits) - 1
+    for rows in matrix.chunks():
+        place = matrix.x[rows] / matrix.per_weight(scales, rows)
+        place += matrix.per_weight(zeros, rows)
+        codes[rows] = np.rint(place, out=place).clip(0, top, out=place)
+    return native.as_tensor_like(codes, "uint8", like)
+
+
 def _exact_zero_points(matrix: Matrix, scales: np.ndarray) -> np.ndarray:
     """``-low / scale``, before any rounding, with ``low`` the least weight of a block, or 0."""
     low = np.empty(scales.shape, "float32")
@@ -212,22 +239,6 @@ def _exact_zero_points(matrix: Matrix, scales: np.ndarray) -> np.ndarray:
         low[rows] = np.minimum(matrix.blocks(rows).min(axis=-1), 0)
     quotients: np.ndarray = np.divide(-low, scales, out=np.zeros_like(low), where=scales > 0)
     return quotients
-
-
-def with_float_zero_points(matrix: Matrix, stored: StoredScales, zeros: np.ndarray) -> Coded:
-    """Codes ``rint(x / scale + zero)`` under zero points between codes, as the scheme stores them.
-
-    Those of the range meet its ends, and 0 lies between two codes.
-    """
-    scales = np.where(stored.restored > 0, stored.restored, np.float32(1))  # 0 and NaN
-    zero_points, zero = matrix.store_zeros(zeros)
-    codes = np.empty(matrix.x.shape, "uint8")
-    top = (1 << matrix.scheme.bits) - 1
-    for rows in matrix.chunks():
-        place = matrix.x[rows] / matrix.per_weight(scales, rows)
-        place += matrix.per_weight(zero, rows)
-        codes[rows] = np.rint(place, out=place).clip(0, top, out=place)
-    return Coded(native.as_tensor_like(codes, "uint8", matrix.weight), stored, zero_points)
 
 
 # ---- tables and fitted levels ------------------------------------------------------------------
@@ -243,11 +254,15 @@ def _table(matrix: Matrix) -> Coded:
 def _nearest(matrix: Matrix, stored: StoredScales, levels: np.ndarray) -> Coded:
     """The codes of the nearest levels, which are first rounded to the type of the weights."""
     codebook, rounded = matrix.as_layer(levels)
-    scales = stored.restored
+    return Coded(level_codes(matrix, stored.restored, rounded), stored, codebook=codebook)
+
+
+def level_codes(matrix: Matrix, scales: np.ndarray, levels: np.ndarray) -> Tensor:
+    """The codes of the nearest levels, float32 ``[1 or rows, levels]``, under scales by block."""
     if matrix.is_one_block:
         scales = np.repeat(scales, matrix.x.shape[0], axis=0)
-    codes = native.encode_levels(matrix.x, scales, rounded, matrix.group)
-    return Coded(native.as_tensor_like(codes, "uint8", matrix.weight), stored, codebook=codebook)
+    codes = native.encode_levels(matrix.x, scales, levels, matrix.group)
+    return native.as_tensor_like(codes, "uint8", matrix.weight)
 
 
 def _kmeans(matrix: Matrix) -> Coded:

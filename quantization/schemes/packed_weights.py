@@ -300,24 +300,42 @@ def pack_matrix(
         True
     """
     scheme = scheme_of(scheme)
+    if importance is not None and scheme.grid not in WEIGHED:
+        raise ValueError(
+            f"scheme {scheme} makes no choice that importance could weigh, only the grids "
+            f"{', '.join(WEIGHED)} do: leave it out, or use a method that fits scales, such as lsq"
+        )
+    matrix = open_matrix(weight, scheme, importance, nonfinite, name)
+    if matrix.is_blank:
+        return blank(weight, scheme)
+    return packed_of_codes(encode_matrix(matrix), matrix)
+
+
+def open_matrix(
+    weight: Tensor,
+    scheme: Scheme,
+    importance: Tensor | None = None,
+    nonfinite: str = "raise",
+    name: str = "weight",
+) -> Matrix:
+    """A weight matrix and how it is to be coded, checked.
+
+    Raises:
+        TypeError, ValueError: as :func:`pack_matrix` raises them, but for numbers not finite.
+    """
     source = source_type(weight, name)
     if weight.ndim != 2:
         raise ValueError(
             f"{name} has shape {tuple(weight.shape)}; expected [out_features, in_features]"
         )
     rule_for(source, "int8", Mode.Symmetric, None, scheme.scale_dtype, nonfinite)  # or raise
-    shape = tuple(weight.shape)
-    weights = _checked_importance(importance, scheme, shape[1])
-    if native.is_meta(weight) or 0 in shape:
-        return _blank(weight, scheme)
-    coded = encode_matrix(Matrix(weight, source, scheme, weights, nonfinite, name))
-    return packed_of_codes(coded, scheme, shape, source.name)
+    weights = _checked_importance(importance, weight.shape[1])
+    return Matrix(weight, source, scheme, weights, nonfinite, name)
 
 
-def packed_of_codes(
-    coded: Coded, scheme: Scheme, shape: tuple[int, int], dtype: str
-) -> PackedWeights:
-    """The packed matrix of codes and what decodes them; what all rows share is repeated."""
+def packed_of_codes(coded: Coded, matrix: Matrix) -> PackedWeights:
+    """A matrix packed: its codes and what decodes them; what all rows share is repeated."""
+    scheme, shape = matrix.scheme, tuple(matrix.weight.shape)
     zero = None if coded.zero_points is None else _for_each_row(coded.zero_points, shape[0])
     if zero is not None and name_of(zero.dtype) == "uint8":
         zero = pack_weights(zero, scheme.bits, layout="dense", dim=1)
@@ -329,7 +347,7 @@ def packed_of_codes(
         coded.scales.steps,
         zero,
         coded.codebook,
-        dtype,
+        matrix.source.name,
         same_order(coded.codes, scheme),
     )
 
@@ -345,15 +363,10 @@ def _for_each_row(values: Tensor, rows: int) -> Tensor:
     return values.repeat(rows, 1) if native.is_torch(values) else np.repeat(values, rows, axis=0)
 
 
-def _checked_importance(importance: Any, scheme: Scheme, cols: int) -> np.ndarray | None:
+def _checked_importance(importance: Any, cols: int) -> np.ndarray | None:
     """Importance as float64 ``[cols]``."""
     if importance is None:
         return None
-    if scheme.grid not in WEIGHED:
-        raise ValueError(
-            f"scheme {scheme} makes no choice that importance could weigh, only the grids "
-            f"{', '.join(WEIGHED)} do: leave it out"
-        )
     if not native.is_tensor(importance):
         raise TypeError(
             f"importance must be a torch.Tensor or ndarray, not {type(importance).__name__}"
@@ -366,7 +379,7 @@ def _checked_importance(importance: Any, scheme: Scheme, cols: int) -> np.ndarra
     return weights
 
 
-def _blank(weight: Tensor, scheme: Scheme) -> PackedWeights:
+def blank(weight: Tensor, scheme: Scheme) -> PackedWeights:
     """What a matrix without numbers packs to: zeros, or shapes only."""
     shape, dtype = tuple(weight.shape), name_of(weight.dtype)
     parts = {

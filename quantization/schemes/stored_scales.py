@@ -14,6 +14,7 @@ __all__ = [
     "StoredScales",
     "as_codes",
     "as_exponents",
+    "as_exponents_of",
     "as_fixed",
     "as_floats",
     "as_given",
@@ -182,8 +183,18 @@ def as_exponents(largest: np.ndarray, like: Tensor) -> StoredScales:
         >>> as_exponents(np.array([[6.0, 4.0, 3.9, 0.0]]), np.zeros(1)).restored
         array([[1. , 1. , 0.5, 1. ]], dtype=float32)
     """
-    exponents = np.frexp(largest)[1] - 1 - _LARGEST_E2M1 + _BIAS  # frexp: 0.5 <= mantissa < 1
-    codes = np.where(largest > 0, np.clip(exponents, 0, _NAN_EXPONENT - 1), _BIAS)
-    codes = np.where(np.isnan(largest), _NAN_EXPONENT, codes).astype("uint8")
+    return as_exponents_of(largest * 2.0**-_LARGEST_E2M1, like)
+
+
+def as_exponents_of(scales: np.ndarray, like: Tensor) -> StoredScales:
+    """E8M0 scales, the powers of two that are not above those given; 1 for 0.
+
+    Example:
+        >>> as_exponents_of(np.array([[0.5, 0.9, 0.0]]), np.zeros(1)).restored
+        array([[0.5, 0.5, 1. ]], dtype=float32)
+    """
+    exponents = np.frexp(scales)[1] - 1 + _BIAS  # frexp: 0.5 <= mantissa < 1
+    codes = np.where(scales > 0, np.clip(exponents, 0, _NAN_EXPONENT - 1), _BIAS)
+    codes = np.where(np.isnan(scales), _NAN_EXPONENT, codes).astype("uint8")
     stored = native.as_tensor_like(codes, "uint8", like)
     return StoredScales(stored, None, restore(stored))
