@@ -35,6 +35,11 @@ from quantization.linear_quantizer import (
     per_dim_scale_and_zero_for as per_dim_scale_and_zero_for,
     quantize_linear as quantize_linear,
 )
+from quantization.methods.registry import (
+    fit_matrix as fit_matrix,
+    method_names as method_names,
+    register_method as register_method,
+)
 from quantization.methods.statistics import (
     ModelStatistics as ModelStatistics,
     Statistics as Statistics,
@@ -43,6 +48,7 @@ from quantization.models.quantizer import (
     dequantize_model as dequantize_model,
     quantize_model as quantize_model,
 )
+from quantization.models.recipe import Rule as Rule
 from quantization.ops.linear import quantized_forward as quantized_forward
 from quantization.ops.runtime import (
     active_isa as active_isa,

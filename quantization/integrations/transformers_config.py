@@ -244,13 +244,18 @@ def _check_pattern(pattern: Any) -> None:
 
 def _plain_recipe(recipe: Any) -> str | list[dict[str, str | None]]:
     """A recipe in plain values; a list keeps the order of rules, as JSON objects get sorted."""
-    rules = read_recipe(recipe)
-    for rule in rules:
-        _check_pattern(rule.pattern)
+    lines = read_recipe(recipe)
+    for line in lines:
+        _check_pattern(line.pattern)
+        if not isinstance(line.rule.method, str):
+            raise TypeError(
+                f"the method {line.rule.method!r:.80} cannot be saved with the model: give it a name "
+                "by quantization.register_method"
+            )
     if not isinstance(recipe, Mapping):
-        return str(rules[0].scheme)
-    names = [None if rule.scheme is None else str(rule.scheme) for rule in rules]
-    return [{"pattern": rule.pattern, "scheme": n} for rule, n in zip(rules, names, strict=True)]
+        return str(lines[0].rule)
+    names = [None if line.scheme is None else str(line.rule) for line in lines]
+    return [{"pattern": line.pattern, "scheme": n} for line, n in zip(lines, names, strict=True)]
 
 
 def _recipe_from(plain: Any) -> Any:

@@ -89,7 +89,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         *,
         nonfinite: str = "raise",
         name: str = "weight",
-        importance: torch.Tensor | None = None,
+        **fitting: Any,
     ) -> Self:
         """The packed embedding of a float one, which is left as it is.
 
@@ -99,7 +99,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             scheme: a :class:`quantization.Scheme`, or its short name.
             nonfinite: as for :meth:`quantize`.
             name: what error messages call the table.
-            importance: as for :meth:`quantize`.
+            fitting: ``importance``, ``method`` and ``statistics``, as for :meth:`quantize`.
 
         Raises:
             TypeError: if ``embedding`` cannot be converted; the message says why.
@@ -114,7 +114,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
         weight = embedding_table(embedding)
         (rows, cols), dtype = weight.shape, weight.dtype
         made = cls(rows, cols, embedding.padding_idx, scheme=scheme, dtype=dtype, device="meta")
-        made.quantize(weight, nonfinite=nonfinite, name=name, importance=importance)
+        made.quantize(weight, nonfinite=nonfinite, name=name, **fitting)
         return made.train(embedding.training)
 
     @classmethod

@@ -79,7 +79,7 @@ weights=w4g64a, 1,312 bytes)
         *,
         nonfinite: str = "raise",
         name: str = "weight",
-        importance: torch.Tensor | None = None,
+        **fitting: Any,
     ) -> Self:
         """The packed layer of a float one, which is left as it is.
 
@@ -89,7 +89,7 @@ weights=w4g64a, 1,312 bytes)
             scheme: a :class:`quantization.Scheme`, or its short name.
             nonfinite: as for :meth:`quantize`.
             name: what error messages call the weight.
-            importance: as for :meth:`quantize`.
+            fitting: ``importance``, ``method`` and ``statistics``, as for :meth:`quantize`.
 
         Returns:
             A layer of the weight's dtype and device and of the training flag of ``linear``; its
@@ -108,7 +108,7 @@ weights=w4g64a, 1,312 bytes)
             >>> bool((layer(x) - linear(x)).abs().max() < 0.1)
             True
         """
-        options = {"nonfinite": nonfinite, "name": name, "importance": importance}
+        options = {"nonfinite": nonfinite, "name": name, **fitting}
         return cls._of_float(linear, {"scheme": scheme, "device": "meta"}, **options)
 
     @classmethod

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from quantization.layers.quantized_module import QuantizedModule
+from quantization.methods.registry import Method, fit_matrix
+from quantization.methods.statistics import Statistics
 from quantization.ops.dtypes import name_of
 from quantization.schemes.column_order import check_order
 from quantization.schemes.layer_weights import layer_floats, pack_as
@@ -111,6 +113,8 @@ class PackedModule(QuantizedModule):
         nonfinite: str = "raise",
         name: str = "weights",
         importance: torch.Tensor | None = None,
+        method: str | Method = "rtn",
+        statistics: Statistics | None = None,
     ) -> None:
         """Give the layer other weights, packed under its scheme.
 
@@ -123,7 +127,10 @@ class PackedModule(QuantizedModule):
                 that what is computed from it is NaN and nothing else.
             name: what error messages call the tensor.
             importance: one number a column, how much its error counts, for schemes that choose by
-                error.
+                error; with another method, what its statistics are if there are none.
+            method: how codes are found: ``"rtn"``, another of :func:`quantization.method_names`, or a
+                function of that kind.
+            statistics: of the layer's inputs, for methods that use them.
 
         Raises:
             TypeError: if ``weights`` is not a float tensor.
@@ -138,19 +145,31 @@ class PackedModule(QuantizedModule):
             tensor([[ 0., 15.],
                     [ 0.,  0.]])
         """
-        buffers = self._buffers_of(weights, self.dtype, nonfinite, name, importance)
+        ways = {"importance": importance, "method": method, "statistics": statistics}
+        buffers = self._buffers_of(weights, self.dtype, nonfinite, name, **ways)
         self._set_buffers(buffers, tuple(weights.shape))
 
     def _weight_names(self) -> tuple[str, ...]:
         return PARTS
 
     def _buffers_of(
-        self, weights: Any, dtype: torch.dtype, nonfinite: str, name: str, importance: Any = None
+        self,
+        weights: Any,
+        dtype: torch.dtype,
+        nonfinite: str,
+        name: str,
+        importance: torch.Tensor | None = None,
+        method: str | Method = "rtn",
+        statistics: Statistics | None = None,
     ) -> dict[str, torch.Tensor | None]:
-        packed = pack_as(
-            weights, self._scheme, dtype, importance=importance, nonfinite=nonfinite, name=name
-        )
-        return self._parts_of(packed)
+        options: dict[str, Any] = {"nonfinite": nonfinite, "name": name}
+        if method == "rtn" and statistics is None:
+            packed = pack_as(weights, self._scheme, dtype, importance=importance, **options)
+            return self._parts_of(packed)
+        if importance is not None and statistics is None:
+            statistics = Statistics(importance.detach().double().cpu())
+        options |= {"method": method, "statistics": statistics}
+        return self._parts_of(pack_as(weights, self._scheme, dtype, pack=fit_matrix, **options))
 
     @staticmethod
     def _parts_of(packed: PackedWeights) -> dict[str, torch.Tensor | None]:

@@ -76,7 +76,9 @@ def fit_scales(problem: Problem) -> Stored:
         return _better(problem, given, made)
     # under a step of another row's size the scales of rounding to nearest would not be what they are
     worse = ~(problem.errors(made) <= problem.errors(given)).all(axis=1)
-    old, own = (native.to_array(native.cast(each, "float32")) for each in (steps, made.scales.steps))
+    old, own = (
+        native.to_array(native.cast(each, "float32")) for each in (steps, made.scales.steps)
+    )
     taken = np.where(worse, old, own)
     made = _settled(problem, found.scales, found.zeros, taken)
     return _better(problem, given, made, taken)

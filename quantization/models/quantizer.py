@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
 from torch import nn
 
+from quantization.console.progress import Progress
 from quantization.layers.float_layers import looks_linear, why_embedding_left, why_left
 from quantization.layers.int8_layer import QWQALinearLayer
 from quantization.layers.packed_embedding import PackedEmbedding
 from quantization.layers.packed_layer import PackedLinearLayer
 from quantization.layers.quantized_module import QuantizedModule
-from quantization.models.recipe import W8A16, Recipe, Rule, Rules, converts_quantized
+from quantization.methods.registry import Method
+from quantization.methods.statistics import Statistics
+from quantization.models.recipe import W8A16, Line, Recipe, Rules, converts_quantized
 from quantization.schemes.scheme import Scheme
 from quantization.swap import walker
 from quantization.swap.conversion import memory_of, weight_of
@@ -34,6 +37,8 @@ def quantize_model(
     strict: bool = False,
     untie: bool = False,
     nonfinite: str = "raise",
+    statistics: Mapping[str, Statistics] | None = None,
+    progress: Progress | bool | None = None,
 ) -> ReplacementReport:
     """Put packed layers in the place of a model's layers, in place, each by the scheme of its rule.
 
@@ -57,7 +62,8 @@ def quantize_model(
     Args:
         model: the model, on any device including meta. If it is itself a layer, it has no parent to
             change: ``report.model`` is the new layer.
-        recipe: a :class:`quantization.Scheme` or its short name, for all linear layers; or ordered
+        recipe: a :class:`quantization.Scheme` or its short name, for all linear layers, with the
+            method that finds the codes (``"w4g32a:lsq"``, :class:`quantization.Rule`); or ordered
             rules ``{pattern: scheme or None}``, of which a layer follows the first that matches it
             or something that holds it. ``"w8a16"`` in the place of a scheme makes int8 layers,
             :class:`quantization.QWQALinearLayer`. None leaves a layer in float; one that no rule
@@ -69,6 +75,10 @@ def quantize_model(
         untie: quantize also a layer that shares its weight with a tensor that stays in float. The
             model then grows by the codes.
         nonfinite: ``"raise"``, or ``"mark"``: a group with a NaN or infinity becomes NaN.
+        statistics: of the inputs of layers by dotted name, of this model in float:
+            :func:`quantization.calibrate`. For methods that use them; a layer without them is
+            fitted as if its columns counted the same, and the report says so.
+        progress: True for a bar on stderr, or a function that is called with (done, total) layers.
 
     Returns:
         A report of every layer: its scheme and bits a weight, or why it was left; bytes before and
@@ -96,14 +106,15 @@ each
     """
     _check_model(model)
     sites = list(walker.walk(model))
-    rules = Rules(recipe, sites)
-    layers = _find(sites, rules, match_patterns(sites, exclude), nonfinite)
+    layers = _find(sites, Rules(recipe, sites), match_patterns(sites, exclude), nonfinite)
+    _hand_out(layers, statistics)
     return swap(
         sites,
         layers,
         QuantizedModule,
         strict=strict,
         untie=untie,
+        progress=progress,
         noun="layers",
         caller="quantize_model",
     )
@@ -221,11 +232,26 @@ def _decide(
                 f"the rule {rule} matches the embedding {layer.names[0]}, and {W8A16} is a linear "
                 "layer: give embeddings a scheme, such as 'w8'"
             )
-        layer.make = partial(make_layer, scheme=rule.scheme, nonfinite=nonfinite)
+        method = rule.rule.method
+        layer.make = partial(make_layer, scheme=rule.scheme, nonfinite=nonfinite, method=method)
     return True
 
 
-def _decide_quantized(layer: Layer, module: QuantizedModule, rule: Rule | None) -> None:
+def _hand_out(layers: list[Layer], statistics: Mapping[str, Statistics] | None) -> None:
+    """Give each layer that is to be fitted what is known of its inputs."""
+    if statistics is None:
+        return
+    for layer in layers:
+        if layer.status != "replaced" or isinstance(layer.module, nn.Embedding):
+            continue
+        known = next((name for name in layer.names if name in statistics), None)
+        if known is not None:
+            layer.make = partial(layer.make, statistics=partial(statistics.__getitem__, known))
+        elif layer.make.keywords["method"] != "rtn":
+            layer.reason = layer.reason or "fitted without statistics: there are none of it"
+
+
+def _decide_quantized(layer: Layer, module: QuantizedModule, rule: Line | None) -> None:
     """A layer that is quantized already stays, unless a rule asks for layers of its type."""
     form = form_of(module)
     wanted = form if rule is None or rule.scheme is None else rule.scheme
@@ -249,7 +275,13 @@ def _decide_experts(layers: list[Layer], rules: Rules, excluded: dict[int, str])
 
 
 def make_layer(
-    old: nn.Module, name: str, *, scheme: Scheme | str, nonfinite: str = "raise"
+    old: nn.Module,
+    name: str,
+    *,
+    scheme: Scheme | str,
+    nonfinite: str = "raise",
+    method: str | Method = "rtn",
+    statistics: Callable[[], Statistics] | None = None,
 ) -> nn.Module:
     """What a layer becomes under a scheme; it is left as it is.
 
@@ -258,6 +290,8 @@ def make_layer(
         name: what error messages call its weight.
         scheme: a Scheme, or :data:`quantization.models.recipe.W8A16` for the int8 layer.
         nonfinite: as for :func:`quantize_model`.
+        method: how the codes of a float layer are found.
+        statistics: reads what is known of its inputs.
 
     Raises:
         TypeError, ValueError: if it cannot become that; the message says why.
@@ -273,7 +307,10 @@ def make_layer(
     if isinstance(old, QuantizedModule):
         return old.to_scheme(scheme)
     cls = PackedEmbedding if isinstance(old, nn.Embedding) else PackedLinearLayer
-    return cls.from_float(old, scheme, nonfinite=nonfinite, name=name)
+    fitting: dict[str, Any] = {"method": method}
+    if statistics is not None:
+        fitting["statistics"] = statistics()
+    return cls.from_float(old, scheme, nonfinite=nonfinite, name=name, **fitting)
 
 
 def form_of(layer: QuantizedModule) -> Scheme | str | None:

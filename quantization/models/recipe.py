@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from quantization.layers.quantized_module import QuantizedModule
+from quantization.methods.registry import Method, method_name, method_of
 from quantization.schemes.scheme import Scheme, scheme_of
 from quantization.swap import walker
 from quantization.swap.patterns import Pattern, matching, pattern_text
@@ -16,20 +18,72 @@ from quantization.swap.walker import Site
 #: In the place of a scheme: the int8 layer, :class:`quantization.QWQALinearLayer`.
 W8A16 = "w8a16"
 
-#: A scheme for all linear layers, or ordered rules, of which the first that matches is followed.
-Recipe = Scheme | str | Mapping[Pattern, Scheme | str | None]
-
 _EVERYTHING = "*"
+_RTN = "rtn"
 
 
-class Rule(NamedTuple):
-    """One line of a recipe: the layers that ``pattern`` matches get ``scheme``; None: stay.
+@dataclass(frozen=True)
+class Rule:
+    """What a layer becomes: its scheme, and the method that finds its codes.
 
-    The scheme :data:`W8A16` stands for the int8 layer.
+    Attributes:
+        scheme: a :class:`quantization.Scheme` or its short name; ``"w8a16"`` for the int8 layer,
+            which has one method only; None: the layer stays in float. A name may bring its method
+            along: ``"w4g32a:lsq"``.
+        method: a name of :func:`quantization.method_names`, or a function ``(weight, scheme, statistics)
+            -> PackedWeights``.
+
+    Raises:
+        TypeError, ValueError: for no scheme or no method; the message says why.
+
+    Example:
+        >>> Rule("w4g32a:lsq")
+        Rule(scheme=Scheme(bits=4, granularity=Granularity.PerGroup(by=32, dim=1), \
+mode=Mode.Asymmetric), method='lsq')
+        >>> str(Rule("nf4g32", method="lsq")), str(Rule(None)), str(Rule("w8"))
+        ('nf4g32:lsq', 'None', 'w8')
     """
 
-    pattern: Pattern
     scheme: Scheme | str | None
+    method: str | Method = _RTN
+
+    def __post_init__(self) -> None:
+        scheme, method = self.scheme, self.method
+        if isinstance(scheme, str) and ":" in scheme:
+            scheme, _, named = scheme.partition(":")
+            if method not in (_RTN, named):
+                raise ValueError(f"{self.scheme!r} and method={method!r} name two methods")
+            method = named
+        method_of(method)
+        if scheme == W8A16 and method != _RTN:
+            raise ValueError(
+                f"{W8A16!r} is the int8 layer, which knows no method {method_name(method)!r}: "
+                f"'w8:{method_name(method)}' makes packed codes of 8 bits"
+            )
+        if scheme is not None and scheme != W8A16:
+            scheme = scheme_of(scheme)
+        object.__setattr__(self, "scheme", scheme)
+        object.__setattr__(self, "method", method)
+
+    def __str__(self) -> str:
+        suffix = "" if self.method == _RTN else f":{method_name(self.method)}"
+        return f"{self.scheme}{suffix}"
+
+
+#: A scheme for all linear layers, or ordered rules, of which the first that matches is followed.
+Recipe = Scheme | str | Rule | Mapping[Pattern, Scheme | str | Rule | None]
+
+
+class Line(NamedTuple):
+    """One line of a recipe: the layers that ``pattern`` matches follow ``rule``."""
+
+    pattern: Pattern
+    rule: Rule
+
+    @property
+    def scheme(self) -> Scheme | str | None:
+        """Of the rule."""
+        return self.rule.scheme
 
     def __str__(self) -> str:
         return pattern_text(self.pattern)
@@ -50,7 +104,7 @@ class Rules:
         >>> model = nn.Sequential(nn.Linear(8, 8), nn.Embedding(8, 8))
         >>> rules = Rules({"0": "w8", nn.Embedding: "w4g64a"}, list(walker.walk(model)))
         >>> rules.for_linear(model[0])
-        Rule(pattern='0', scheme=Scheme(bits=8))
+        Line(pattern='0', rule=Rule(scheme=Scheme(bits=8), method='rtn'))
         >>> str(rules.for_embedding(model[1]))
         'Embedding'
     """
@@ -60,12 +114,12 @@ class Rules:
         self._named = [set(matching(sites, rule.pattern)) for rule in self._rules]
         self._inside = [set(_with_inside(sites, named)) for named in self._named]
 
-    def for_linear(self, module: nn.Module) -> Rule | None:
+    def for_linear(self, module: nn.Module) -> Line | None:
         """The first rule that names the module or something that holds it."""
         pairs = zip(self._rules, self._inside, strict=True)
         return next((rule for rule, ids in pairs if id(module) in ids), None)
 
-    def for_embedding(self, module: nn.Module) -> Rule | None:
+    def for_embedding(self, module: nn.Module) -> Line | None:
         """The first rule that names the embedding itself, and not just everything."""
         pairs = zip(self._rules, self._named, strict=True)
         return next(
@@ -73,7 +127,7 @@ class Rules:
         )
 
 
-def read_recipe(recipe: Any) -> list[Rule]:
+def read_recipe(recipe: Any) -> list[Line]:
     """The rules of a recipe.
 
     Raises:
@@ -81,11 +135,11 @@ def read_recipe(recipe: Any) -> list[Rule]:
         ValueError: for no rules, or a name of no scheme.
 
     Example:
-        >>> read_recipe("w4g64a")[0].pattern
+        >>> read_recipe("w4g64a:lsq")[0].pattern
         '*'
     """
-    if isinstance(recipe, Scheme | str):
-        return [Rule(_EVERYTHING, _form_of(recipe))]
+    if isinstance(recipe, Scheme | str | Rule):
+        return [Line(_EVERYTHING, _rule_of(recipe))]
     if not isinstance(recipe, Mapping):
         raise TypeError(
             f"the recipe is {recipe!r:.60}; give a Scheme, its short name such as 'w4g64a', or "
@@ -93,36 +147,35 @@ def read_recipe(recipe: Any) -> list[Rule]:
         )
     if not recipe:
         raise ValueError("the recipe has no rules; {'*': 'w4g64a'} is one for all linear layers")
-    return [Rule(pattern, _scheme_of(pattern, value)) for pattern, value in recipe.items()]
+    lines = []
+    for pattern, value in recipe.items():
+        try:
+            lines.append(Line(pattern, _rule_of(value)))
+        except (TypeError, ValueError) as error:
+            error.add_note(f"in the rule {pattern_text(pattern)} of the recipe")
+            raise
+    return lines
 
 
-def _form_of(value: Any) -> Scheme | str:
-    return W8A16 if value == W8A16 else scheme_of(value)
+def _rule_of(value: Any) -> Rule:
+    return value if isinstance(value, Rule) else Rule(value)
 
 
-def _scheme_of(pattern: Pattern, value: Any) -> Scheme | str | None:
-    try:
-        return None if value is None else _form_of(value)
-    except (TypeError, ValueError) as error:
-        error.add_note(f"in the rule {pattern_text(pattern)} of the recipe")
-        raise
-
-
-def converts_quantized(rule: Rule) -> bool:
-    """Whether a rule asks for layers that are quantized already, by naming a type of them.
+def converts_quantized(line: Line) -> bool:
+    """Whether a line asks for layers that are quantized already, by naming a type of them.
 
     Example:
         >>> from quantization import QWQALinearLayer
-        >>> converts_quantized(Rule(QWQALinearLayer, Scheme(4)))
+        >>> converts_quantized(Line(QWQALinearLayer, Rule("w4")))
         True
     """
-    return isinstance(rule.pattern, type) and issubclass(rule.pattern, QuantizedModule)
+    return isinstance(line.pattern, type) and issubclass(line.pattern, QuantizedModule)
 
 
-def _names_embeddings(rule: Rule) -> bool:
-    if isinstance(rule.pattern, type):
-        return issubclass(rule.pattern, nn.Embedding)
-    return rule.pattern != _EVERYTHING
+def _names_embeddings(line: Line) -> bool:
+    if isinstance(line.pattern, type):
+        return issubclass(line.pattern, nn.Embedding)
+    return line.pattern != _EVERYTHING
 
 
 def _with_inside(sites: list[Site], named: set[int]) -> dict[int, str]:

@@ -218,10 +218,13 @@ def integer_codes(matrix: Matrix, scales: np.ndarray, zeros: np.ndarray | None) 
     """
     like = matrix.weight
     if matrix.scheme.mode is Mode.Symmetric or matrix.scheme.has_integer_zeros:
-        zero = None if zeros is None else native.as_tensor_like(zeros.astype("uint8"), "uint8", like)
+        zero = (
+            None if zeros is None else native.as_tensor_like(zeros.astype("uint8"), "uint8", like)
+        )
         given = native.as_tensor_like(scales, "float32", like)
         rule = _integer_rule(matrix)
         return native.encode(like, given, zero, matrix.source, matrix.grid, rule)
+    assert zeros is not None
     scales = np.where(scales > 0, scales, np.float32(1))  # 0 and NaN
     codes = np.empty(matrix.x.shape, "uint8")
     top = (1 << matrix.scheme.bits) - 1

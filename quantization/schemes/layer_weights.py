@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -35,11 +36,11 @@ def pack_as(
     scheme: Scheme,
     dtype: torch.dtype,
     *,
-    importance: torch.Tensor | None = None,
-    nonfinite: str = "raise",
+    pack: Callable[..., PackedWeights] = pack_matrix,
     name: str = "weights",
+    **options: Any,
 ) -> PackedWeights:
-    """:func:`quantization.pack_matrix` for a layer of another dtype than the weights.
+    """A layer's weight packed, by ``pack(weight, scheme, name=, **options)``, in the layer's dtype.
 
     The scales are rounded to the layer's dtype before the codes are made; other floats after it.
 
@@ -48,14 +49,14 @@ def pack_as(
         torch.bfloat16
     """
     weights = check_weight(weights, name)
-    options: dict[str, Any] = {"importance": importance, "nonfinite": nonfinite, "name": name}
+    options["name"] = name
     with torch.inference_mode(False), torch.no_grad():
         if weights.dtype == dtype:
-            return pack_matrix(weights, scheme, **options)
+            return pack(weights, scheme, **options)
         made_for = scheme
         if "scales" in layer_floats(scheme):
             made_for = dataclasses.replace(scheme, scale_dtype=name_of(dtype))
-        packed = pack_matrix(weights, made_for, **options)
+        packed = pack(weights, made_for, **options)
         parts = {part: getattr(packed, part) for part in PARTS}
         for part in layer_floats(scheme):
             parts[part] = parts[part].to(dtype)

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantization.console.progress import Progress, shown
 from quantization.layers.float_layers import is_conv1d
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.swap import OBSERVERS, walker
@@ -57,6 +58,7 @@ def swap(
     *,
     strict: bool = False,
     untie: bool = False,
+    progress: Progress | bool | None = None,
     noun: str = "linear layers",
     **words: Any,
 ) -> ReplacementReport:
@@ -68,6 +70,7 @@ def swap(
         target: the class of layer that counts as covered in the report.
         strict: raise if a layer would be left.
         untie: replace also what shares its weight with a tensor that stays.
+        progress: True for a bar, or a function that is called with (done, total) layers.
         noun: what the layers are called.
         **words: further fields of the report.
 
@@ -79,8 +82,9 @@ def swap(
     if strict:
         _refuse_left(layers, noun)
     _warn_if_nothing_to_do(layers, noun)
-    for layer in layers:
-        if layer.status == "replaced" and layer.make is not None:
+    work = [layer for layer in layers if layer.status == "replaced" and layer.make is not None]
+    with shown(progress, "quantizing", work) as told:
+        for layer in told:
             layer.new = convert(layer.module, layer.names[0], layer.make)
     share_weights([(layer.module, layer.new) for layer in layers if layer.new is not None])
     swapped = {id(layer.module): layer.new for layer in layers if layer.new is not None}
