@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
 import time
@@ -121,12 +120,8 @@ def measure(net: Net, cell: Cell) -> dict[str, Any]:
 
 
 def _by_us(model: nn.Module, net: Net, cell: Cell, known: Any) -> None:
-    given = {"method": cell.method, "statistics": known}
-    options = {name: value for name, value in given.items() if value is not None}
-    unknown = options.keys() - inspect.signature(quantization.quantize_model).parameters.keys()
-    if unknown:
-        raise AbsentError(f"quantize_model takes no {', '.join(sorted(unknown))}")
-    report = quantization.quantize_model(model, cell.recipe, exclude=net.exclude, **options)
+    rule = quantization.Rule(cell.recipe, cell.method or "rtn")
+    report = quantization.quantize_model(model, rule, exclude=net.exclude, statistics=known)
     lost = [layer.name for layer in report if layer.status == "left"]
     if lost:
         raise AbsentError(f"{lost[0]} and {len(lost) - 1} more layers were left in float")

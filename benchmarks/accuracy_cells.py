@@ -28,6 +28,11 @@ def _plain(*recipes: str) -> list[Cell]:
     return [Cell(recipe.removesuffix("+f16"), recipe) for recipe in recipes]
 
 
+def _fitted(method: str, calibration: str | None, *recipes: str) -> list[Cell]:
+    said = {None: "no data"}.get(calibration, f"{calibration} tokens".replace("hessian:", ""))
+    return [Cell(f"{recipe}:{method}, {said}", recipe, method, calibration) for recipe in recipes]
+
+
 #: Scales are kept in float16, so that what is measured is what the bits say.
 CELLS = (
     *_plain("w8+f16", "w6g64a+f16", "w5g64a+f16"),
@@ -35,6 +40,9 @@ CELLS = (
     *_plain("nf4+f16", "nf4g32+f16", "fp4+f16", "mxfp4"),
     *_plain("w3g64+f16", "w3g64a+f16", "w3g32a+f16", "kmeans3r+f16"),
     *_plain("w2g64a+f16", "w2g32a+f16"),
+    *_fitted("lsq", None, "nf4g32+dq", "w4g32af+dq", "w3g32af+dq"),
+    *_fitted("lsq", "random", "w4g64af+dq", "w4g32af+dq", "w3g64af+dq", "w3g32af+dq", "w2g32af+dq"),
+    *_fitted("lsq", "self", "w4g64af+dq", "w4g32af+dq", "w3g32af+dq", "w2g32af+dq"),
     Cell("HQQ 4 g64", "4g64", peer="hqq"),
     Cell("HQQ 3 g64", "3g64", peer="hqq"),
     Cell("HQQ 2 g64", "2g64", peer="hqq"),

@@ -249,8 +249,8 @@ def _plain_recipe(recipe: Any) -> str | list[dict[str, str | None]]:
         _check_pattern(line.pattern)
         if not isinstance(line.rule.method, str):
             raise TypeError(
-                f"the method {line.rule.method!r:.80} cannot be saved with the model: give it a name "
-                "by quantization.register_method"
+                f"the method {line.rule.method!r:.80} cannot be saved with the model: give it a "
+                "name by quantization.register_method"
             )
     if not isinstance(recipe, Mapping):
         return str(lines[0].rule)

@@ -128,8 +128,8 @@ class PackedModule(QuantizedModule):
             name: what error messages call the tensor.
             importance: one number a column, how much its error counts, for schemes that choose by
                 error; with another method, what its statistics are if there are none.
-            method: how codes are found: ``"rtn"``, another of :func:`quantization.method_names`, or a
-                function of that kind.
+            method: how codes are found: ``"rtn"``, another of :func:`quantization.method_names`, or
+                a function of that kind.
             statistics: of the layer's inputs, for methods that use them.
 
         Raises:
@@ -145,8 +145,9 @@ class PackedModule(QuantizedModule):
             tensor([[ 0., 15.],
                     [ 0.,  0.]])
         """
-        ways = {"importance": importance, "method": method, "statistics": statistics}
-        buffers = self._buffers_of(weights, self.dtype, nonfinite, name, **ways)
+        buffers = self._buffers_of(
+            weights, self.dtype, nonfinite, name, importance, method, statistics
+        )
         self._set_buffers(buffers, tuple(weights.shape))
 
     def _weight_names(self) -> tuple[str, ...]:

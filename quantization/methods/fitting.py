@@ -1,4 +1,4 @@
-"""What methods stand on: weights opened for their scheme, errors of stored scales, nearest codes."""
+"""What methods stand on: weights opened for a scheme, errors of stored scales, nearest codes."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from quantization.methods.statistics import Statistics
 from quantization.numerics.parameters import Mode
 from quantization.ops import native
+from quantization.ops.dtypes import SOURCES
 from quantization.ops.native import Fit, Fitted, Tensor
 from quantization.schemes.grids import Coded, Matrix, encode_matrix, integer_codes, level_codes
 from quantization.schemes.packed_weights import PackedWeights, open_matrix, packed_of_codes
@@ -119,10 +120,9 @@ class Problem:
     def store(
         self, scales: np.ndarray, zeros: np.ndarray | None = None, steps: np.ndarray | None = None
     ) -> Stored:
-        """Scales and zeros as the scheme stores them; the steps of double quantization on demand.
+        """Scales and zeros as the scheme stores them, scales clipped at the largest of their type.
 
-        Raises:
-            ValueError: for scales beyond their type.
+        Under double quantization rows have the steps given, or those of their largest scale.
         """
         like, scheme = self.matrix.weight, self.scheme
         if scheme.grid == "mxfp4":
@@ -132,7 +132,9 @@ class Problem:
         elif scheme.double_quant:
             kept = self.matrix.store(scales)
         else:
-            kept = as_floats(scales, scheme.scale_dtype or self.matrix.source.name, like)
+            dtype = scheme.scale_dtype or self.matrix.source.name
+            largest = min(SOURCES[dtype].max, SOURCES["float32"].max)
+            kept = as_floats(np.clip(scales, -largest, largest), dtype, like)
         if zeros is None:
             return Stored(kept)
         return Stored(kept, *self.matrix.store_zeros(zeros))

@@ -71,14 +71,12 @@ def fit_scales(problem: Problem) -> Stored:
     shrink = _SHRINK[problem.scheme.bits]
     found = problem.fit(scales, zeros, problem.find(what, _STARTS, _ROUNDS, shrink))
     made = _settled(problem, found.scales, found.zeros)
-    steps = given.scales.steps
-    if steps is None:
+    if given.scales.steps is None or made.scales.steps is None:
         return _better(problem, given, made)
-    # under a step of another row's size the scales of rounding to nearest would not be what they are
+    # under a step of its own a row would not have the very scales of rounding to nearest
     worse = ~(problem.errors(made) <= problem.errors(given)).all(axis=1)
-    old, own = (
-        native.to_array(native.cast(each, "float32")) for each in (steps, made.scales.steps)
-    )
+    old, own = given.scales.steps, made.scales.steps
+    old, own = (native.to_array(native.cast(steps, "float32")) for steps in (old, own))
     taken = np.where(worse, old, own)
     made = _settled(problem, found.scales, found.zeros, taken)
     return _better(problem, given, made, taken)

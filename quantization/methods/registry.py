@@ -7,8 +7,8 @@ method         what it makes least                                              
 ``lsq``        squared error, over scales and zero points                            -, moments
 =============  ====================================================================  ============
 
-A method is a function ``(weight, scheme, statistics) -> PackedWeights``: ``weight`` ``[out, in]`` is
-finite and only read, ``statistics`` are those of the layer's inputs, or None.
+A method is a function ``(weight, scheme, statistics) -> PackedWeights``: ``weight`` ``[out, in]``
+is finite and only read, ``statistics`` are those of the layer's inputs, or None.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import numpy as np
 from quantization.methods.lsq import lsq
 from quantization.methods.statistics import Statistics
 from quantization.ops import native
+from quantization.ops.dtypes import name_of
 from quantization.ops.native import Tensor
 from quantization.schemes.grids import WEIGHED
 from quantization.schemes.packed_weights import PARTS, PackedWeights, pack_matrix
@@ -33,7 +34,7 @@ Method = Callable[[Any, Scheme, Statistics | None], PackedWeights]
 
 
 def rtn(weight: Tensor, scheme: Scheme, statistics: Statistics | None = None) -> PackedWeights:
-    """Rounding to nearest under scales from the range; moments weigh the grids that choose by error.
+    """Rounding to nearest under scales of the range; moments weigh grids that choose by error.
 
     Source: :func:`quantization.pack_matrix`, which says what each grid does.
 
@@ -176,8 +177,8 @@ def _check_made(packed: Any, scheme: Scheme, shape: tuple[int, ...], name: str) 
         raise TypeError(f"the method {name} gave {packed!r:.60}; it must give PackedWeights")
     if (packed.scheme, packed.shape) != (scheme, shape):
         raise ValueError(
-            f"the method {name} gave {packed.shape} under {packed.scheme}; it was asked for {shape} "
-            f"under {scheme}"
+            f"the method {name} gave {packed.shape} under {packed.scheme}; it was asked for "
+            f"{shape} under {scheme}"
         )
 
 
@@ -195,5 +196,5 @@ def _with_marks(packed: PackedWeights, marked: PackedWeights) -> PackedWeights:
     else:
         kept = np.where(np.isnan(theirs), theirs, ours)
         wide = native.as_tensor_like(kept, "float32", packed.packed_weights)
-        parts[name] = native.cast(wide, getattr(packed, name).dtype)
+        parts[name] = native.cast(wide, name_of(getattr(packed, name).dtype))
     return PackedWeights(packed.scheme, packed.shape, **parts, dtype=packed.dtype)

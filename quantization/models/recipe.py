@@ -30,8 +30,8 @@ class Rule:
         scheme: a :class:`quantization.Scheme` or its short name; ``"w8a16"`` for the int8 layer,
             which has one method only; None: the layer stays in float. A name may bring its method
             along: ``"w4g32a:lsq"``.
-        method: a name of :func:`quantization.method_names`, or a function ``(weight, scheme, statistics)
-            -> PackedWeights``.
+        method: a name of :func:`quantization.method_names`, or a function ``(weight, scheme,
+            statistics) -> PackedWeights``.
 
     Raises:
         TypeError, ValueError: for no scheme or no method; the message says why.

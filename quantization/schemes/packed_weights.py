@@ -357,7 +357,6 @@ def _layout(scheme: Scheme) -> str:
 
 
 def _for_each_row(values: Tensor, rows: int) -> Tensor:
-    """``[rows, groups]``: what a whole matrix has one of is repeated."""
     if values.shape[0] == rows:
         return values
     return values.repeat(rows, 1) if native.is_torch(values) else np.repeat(values, rows, axis=0)
