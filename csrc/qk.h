@@ -174,8 +174,8 @@ typedef struct qk_fit {
     size_t starts, rounds; /* beside the scale given: start i is the whole range times 1 - i shrink,
                             */
     float shrink;          /* and each start takes so many rounds of least squares */
-    float code_min, code_max; /* with levels: the least and largest of them */
-    float scale_min;          /* above 0; or below 0, where scales may have a sign */
+    float code_min, code_max;            /* with levels: the least and largest of them */
+    float scale_min;                     /* above 0; or below 0, where scales may have a sign */
     float zero_min, zero_max, zero_step; /* zeros are multiples of the step; 0: any number */
     qk_fit_find find;
 } qk_fit;

@@ -5,8 +5,10 @@
 #include <stdatomic.h>
 #include <stdlib.h>
 
-enum { GRAIN = 1 << 15, /* passes over a weight that are worth a thread */
-       MAX_LEVELS = 256 };
+enum {
+    GRAIN = 1 << 15, /* passes over a weight that are worth a thread */
+    MAX_LEVELS = 256
+};
 
 typedef struct fit_job {
     qk_fit_strip strip;

@@ -27,7 +27,8 @@ static PyObject *open_packed(qk_packed *packed, const qk_linear *linear, const p
         return NULL;
     QK_ARRAY(packed->codes, codes, code_bytes, 1, 0);
     QK_ARRAY(packed->scales, scales, items, qk_dtype_bytes(packed->scales_dtype), 0);
-    QK_ARRAY_OR_NONE(packed->scale_steps, scale_steps, rows, qk_dtype_bytes(packed->steps_dtype), 0);
+    QK_ARRAY_OR_NONE(packed->scale_steps, scale_steps, rows, qk_dtype_bytes(packed->steps_dtype),
+                     0);
     QK_ARRAY_OR_NONE(packed->zeros, zeros, zero_items, qk_dtype_bytes(packed->zeros_dtype), 0);
     QK_ARRAY_OR_NONE(packed->codebook, codebook, entries, qk_dtype_bytes(packed->codebook_dtype),
                      0);
@@ -53,7 +54,8 @@ PyObject *qk_py_linear_packed(PyObject *module, PyObject *args)
                           &given.scale_steps, &given.zeros, &given.codebook, &bias, &linear.tokens,
                           &linear.out_features, &linear.in_features, &packed.bits, &packed.group,
                           &packed.codebook_rows, &y_dtype, &x_dtype, &given.scales_dtype,
-                          &given.steps_dtype, &given.zeros_dtype, &given.codebook_dtype, &bias_dtype))
+                          &given.steps_dtype, &given.zeros_dtype, &given.codebook_dtype,
+                          &bias_dtype))
         return NULL;
     linear.y_dtype = (qk_dtype)y_dtype;
     linear.x_dtype = (qk_dtype)x_dtype;
@@ -77,11 +79,12 @@ PyObject *qk_py_linear_packed_backward(PyObject *module, PyObject *args)
     qk_packed packed = {0};
     qk_linear linear = {.packed = &packed};
     int x_dtype, y_dtype;
-    if (!PyArg_ParseTuple(args, "OOOOOOOnnnnnniiiiii", &grad_x, &grad_y, &given.codes, &given.scales,
-                          &given.scale_steps, &given.zeros, &given.codebook, &linear.tokens,
-                          &linear.out_features, &linear.in_features, &packed.bits, &packed.group,
-                          &packed.codebook_rows, &x_dtype, &y_dtype, &given.scales_dtype,
-                          &given.steps_dtype, &given.zeros_dtype, &given.codebook_dtype))
+    if (!PyArg_ParseTuple(args, "OOOOOOOnnnnnniiiiii", &grad_x, &grad_y, &given.codes,
+                          &given.scales, &given.scale_steps, &given.zeros, &given.codebook,
+                          &linear.tokens, &linear.out_features, &linear.in_features, &packed.bits,
+                          &packed.group, &packed.codebook_rows, &x_dtype, &y_dtype,
+                          &given.scales_dtype, &given.steps_dtype, &given.zeros_dtype,
+                          &given.codebook_dtype))
         return NULL;
     linear.y_dtype = (qk_dtype)y_dtype;
     linear.x_dtype = (qk_dtype)x_dtype;

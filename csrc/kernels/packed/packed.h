@@ -49,9 +49,9 @@ static inline float qk_packed_scale(const qk_packed *packed, size_t row, size_t 
     if (packed->scales_dtype != QK_UINT8)
         return (float)qk_load_source(packed->scales, index, packed->scales_dtype);
     uint8_t code = ((const uint8_t *)packed->scales)[index];
-    return packed->scale_steps ? (float)code * (float)qk_load_source(packed->scale_steps, row,
-                                                              packed->steps_dtype)
-                               : qk_from_exponent(code);
+    return packed->scale_steps
+               ? (float)code * (float)qk_load_source(packed->scale_steps, row, packed->steps_dtype)
+               : qk_from_exponent(code);
 }
 
 /* A zero point in fixed point, among the codes 0 .. 2^bits - 1. */
