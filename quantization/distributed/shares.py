@@ -27,6 +27,7 @@ from quantization.layers.packed_module import PackedModule
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.ops.dtypes import index_of
+from quantization.schemes.layer_weights import some_rows
 from quantization.schemes.packed_weights import PARTS, PackedWeights
 from quantization.schemes.scheme import TERNARY_CODES, Scheme
 
@@ -237,12 +238,9 @@ def _make(layer: Any, dim: int, start: int, end: int, bias: torch.Tensor | None)
 
 def _rows(packed: PackedWeights, start: int, end: int) -> dict[str, torch.Tensor | None]:
     """Every tensor of some rows; a codebook that all rows have stays as it is."""
-    parts = {name: getattr(packed, name) for name in PARTS}
-    for name, tensor in parts.items():
-        is_of_rows = name != "input_order" and tensor is not None
-        if is_of_rows and tensor.shape[0] == packed.shape[0]:
-            parts[name] = _cut(tensor, 0, start, end)
-    return parts
+    cut = some_rows(packed, start, end)
+    parts = {name: (getattr(packed, name), getattr(cut, name)) for name in PARTS}
+    return {name: new if new is old else new.clone() for name, (old, new) in parts.items()}
 
 
 def _columns(packed: PackedWeights, start: int, end: int) -> dict[str, torch.Tensor | None]:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from quantization.formats.compressed_experts import EXPERTS, is_of_expert
 from quantization.formats.errors import FormatError
 from quantization.formats.folders import is_named
 
@@ -118,6 +119,9 @@ def settings_of(forms: Mapping[str, WeightForm], ignore: Iterable[str]) -> dict[
     Where all are of one form, its group targets every linear layer but the ignored; else each group
     names its layers.
 
+    Raises:
+        FormatError: if experts are of several forms.
+
     Example:
         >>> made = settings_of({"up": WeightForm(4, True, "channel")}, ["lm_head"])
         >>> made["config_groups"]["group_0"]["targets"], made["ignore"]
@@ -126,9 +130,16 @@ def settings_of(forms: Mapping[str, WeightForm], ignore: Iterable[str]) -> dict[
     names: dict[WeightForm, list[str]] = {}
     for name, form in forms.items():
         names.setdefault(form, []).append(name)
+    of_experts = [found for found in names.values() if any(map(is_of_expert, found))]
+    if len(of_experts) > 1:
+        pair = [next(filter(is_of_expert, found)) for found in of_experts]
+        raise FormatError(
+            f"{METHOD} cannot hold experts of several schemes, as readers take one for all: "
+            f"{pair[0]} and {pair[1]} differ; quantize them alike"
+        )
     groups = {
         f"group_{number}": {
-            "targets": [_LINEAR] if len(names) == 1 else found,
+            "targets": [_LINEAR] if len(names) == 1 else _targets(found),
             "weights": form.to_dict(),
             "input_activations": None,
             "output_activations": None,
@@ -145,6 +156,12 @@ def settings_of(forms: Mapping[str, WeightForm], ignore: Iterable[str]) -> dict[
         "ignore": list(ignore),
         "config_groups": groups,
     }
+
+
+def _targets(names: list[str]) -> list[str]:
+    """The names of layers; all experts as one pattern, by which transformers finds their group."""
+    others = [name for name in names if not is_of_expert(name)]
+    return others if len(others) == len(names) else [*others, f"re:{EXPERTS}$"]
 
 
 def groups_from(settings: Mapping[str, Any], what: str) -> list[Group]:

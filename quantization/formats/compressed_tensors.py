@@ -46,6 +46,7 @@ from quantization.formats.compressed_config import (
     groups_from,
     settings_of,
 )
+from quantization.formats.compressed_experts import is_of_expert, with_family_names
 from quantization.formats.errors import FormatError
 from quantization.formats.folders import (
     SETTINGS,
@@ -64,7 +65,7 @@ from quantization.formats.integers import (
     why_not,
     width_of,
 )
-from quantization.numerics.granularity import Granularity
+from quantization.numerics.granularity import Granularity, PerGroup
 from quantization.numerics.parameters import Mode
 from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.ops.dtypes import SOURCES
@@ -234,6 +235,10 @@ def write_compressed_tensors(
 ) -> None:
     """Write a model as ``pack-quantized``, for vLLM and transformers: whole, or not at all.
 
+    Experts of a mixture (:func:`quantization.unfuse_experts`) get the names that their family has
+    on disk, the gate apart from what it gates; they must be symmetric and of one scheme, as readers
+    want them.
+
     Integers of 2..8 bits, symmetric or not, by group or row keep every bit of their codes, scales
     and zero points; binary and ternary weights become 2-bit integers of the same numbers, and
     scales that are double quantized the float32 that they stand for. Scales keep their type; a
@@ -252,8 +257,9 @@ def write_compressed_tensors(
     Raises:
         FileExistsError: if the folder is there and not empty, without ``overwrite``.
         FormatError: if the format cannot hold a layer: an embedding, a Conv1D of transformers, a
-            table of levels, float zero points, a row that is no whole number of groups; the
-            message names it. Nothing has been written then.
+            table of levels, float zero points, a row that is no whole number of groups, experts of
+            a family that keeps them fused; the message names it. Nothing has been written then.
+        ImportError: if there are experts, and transformers, which knows their names, is missing.
         OSError: if the disk fills, say. Nothing of the new folder is left then.
 
     Example:
@@ -268,8 +274,11 @@ def write_compressed_tensors(
         ...     {name: str(layer.scheme) for name, layer in again.layers.items()}
         {'0': 'w4g32a', '1': 'w8'}
     """
+    ignored = _ignored(stored)  # by the names of the class, which transformers knows
+    stored = with_family_names(stored)
+    ignored = list(dict.fromkeys([*ignored, *_ignored(stored)]))
     forms = {name: _form_of(name, layer) for name, layer in stored.layers.items()}
-    config = {**(stored.config or {}), SETTINGS: settings_of(forms, _ignored(stored))}
+    config = {**(stored.config or {}), SETTINGS: settings_of(forms, ignored)}
     if _HEAD in forms and config.get("tie_word_embeddings"):
         config["tie_word_embeddings"] = False  # a head of its own: a loader would drop it
     plain = StoredModel({}, _tensors(stored, forms), {}, config, stored.assets)
@@ -287,7 +296,10 @@ def _form_of(name: str, layer: StoredLayer) -> WeightForm:
     if layer.kind == "embedding" or "was_conv1d" in layer.more:
         what = "an embedding" if layer.kind == "embedding" else "a Conv1D of transformers"
         reason, remedy = f"it is {what}, and the format has linear layers only", "leave it in float"
-    group = scheme.group(cols) if scheme.groups(cols) > 1 else None
+    if reason is None and is_of_expert(name) and scheme.mode is Mode.Asymmetric:
+        reason = "it is an expert with zero points, which neither vLLM nor transformers read"
+        remedy = "quantize the experts symmetrically"
+    group = scheme.group(cols) if scheme.granularity == PerGroup(scheme.group(cols)) else None
     if reason is None and group is not None and cols % group:
         reason = f"its rows of {cols} are no whole number of groups of {group}"
         remedy = f"quantize that layer with groups of a size that divides {cols}"

@@ -152,7 +152,7 @@ def test_what_is_written_is_read_to_the_last_bit(
         ("w1g32a", "w2g32a"),
         ("w4t", "w4"),
         ("w4ta", "w4a"),
-        ("w4g64+dq", "w4+f32"),
+        ("w4g64+dq", "w4g64+f32"),
         ("w3g32a+dq", "w3g32a+f32"),
         ("w4g32+f32", "w4g32+f32"),
         ("ternaryg32+dq", "w2g32+f32"),
