@@ -31,7 +31,7 @@ def hqq(weight: Tensor, recipe: str, moments: Tensor | None) -> tuple[Tensor, in
     bits, group = _bits_and_group(recipe)
     codes, meta = quantizer.quantize(
         weight, nbits=bits, group_size=group, axis=1, bitpack=False, device="cpu",
-        compute_dtype=torch.float32,
+        round_zero=bits == 4, compute_dtype=torch.float32,  # its own defaults
     )  # fmt: skip
     meta |= {name: meta[name].half().float() for name in ("scale", "zero")}
     return quantizer.dequantize(codes, meta), _nbytes(weight, bits, group, 32)

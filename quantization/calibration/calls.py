@@ -168,7 +168,11 @@ def observed(*models: Any) -> Iterator[None]:
     try:
         for module, _ in flags:
             module.training = False
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        with (
+            torch.inference_mode(False),  # what is kept is to be of use outside of it
+            torch.no_grad(),
+            torch.compiler.set_stance("force_eager"),
+        ):
             yield
     finally:
         for module, flag in flags:

@@ -61,14 +61,12 @@ class _Seen:
     """The input that came last, and the layers that it went to."""
 
     inputs: Tensor
-    version: int | None
+    version: int
     names: list[str]
     total: Sum
 
     def is_same(self, inputs: Tensor) -> bool:
-        return self.version is not None and (
-            inputs is self.inputs and _version(inputs) == self.version
-        )
+        return inputs is self.inputs and _version(inputs) == self.version
 
 
 class InputSums:
@@ -123,7 +121,9 @@ class InputSums:
         if inputs is None or not inputs.numel() or not inputs.is_floating_point():
             return
         if inputs.is_meta:
-            raise ValueError(f"{name} is on meta: there are no numbers to calibrate with")
+            raise ValueError(
+                f"{name or 'the model'} is on meta: there are no numbers to calibrate with"
+            )
         if self._last is not None and self._last.is_same(inputs) and name not in self._last.names:
             self._last.names.append(name)
             return
@@ -153,8 +153,8 @@ class InputSums:
             return
         if not bool(last.total.moments.isfinite().all()):
             raise ValueError(
-                f"the input of {last.names[0]} holds a NaN or infinity, so nothing can be learned "
-                "from it; look at the batch, or run the model in float32"
+                f"the input of {last.names[0] or 'the model'} holds a NaN or infinity, so nothing can "
+                "be learned from it; look at the batch, or run the model in float32"
             )
         key = tuple(last.names)
         if key in self.sums:
@@ -173,6 +173,6 @@ class InputSums:
         return {name: found[name] for name in self.layers if name in found}
 
 
-def _version(inputs: Tensor) -> int | None:
-    """How often the tensor was written; None for tensors of inference mode, which do not count."""
-    return None if inputs.is_inference() else inputs._version
+def _version(inputs: Tensor) -> int:
+    """How often the tensor was written; those of inference mode cannot be, while others watch."""
+    return 0 if inputs.is_inference() else inputs._version

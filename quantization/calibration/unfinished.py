@@ -61,6 +61,7 @@ class Unfinished:
         """The statistics, if an earlier run has come to its end."""
         if self.file is None or not self.file.is_file():
             return None
+        shutil.rmtree(self.folder, ignore_errors=True)  # a kill may have come just before
         return load_statistics(self.file)
 
     def inputs(self, make: Callable[[], Made]) -> Made:

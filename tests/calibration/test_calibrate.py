@@ -178,6 +178,14 @@ def test_what_torch_fuses_or_compiles_is_seen() -> None:
     assert calibrate(compiled, [x])["_orig_mod.up"].count == 2
 
 
+def test_under_inference_mode_the_statistics_are_plain_tensors() -> None:
+    with torch.inference_mode():
+        given = torch.randn(3, 6)
+        known = calibrate(Block(), [given, given], statistics="hessian")
+    assert not known["up"].moments.is_inference() and known["up"] is known["gate"]
+    assert known["up"].count == 6
+
+
 def test_quantized_layers_are_watched_and_excluded_ones_are_not() -> None:
     model = Block()
     quantize_model(model, "w4g3a", exclude="down")
@@ -224,6 +232,8 @@ def test_errors_of_the_model_tell_the_batch() -> None:
     with pytest.raises(RuntimeError) as caught:
         calibrate(Block(), [x, x[:, :4]])
     assert caught.value.__notes__ == ["in batch 2 of the calibration"]
+    with pytest.raises(ValueError, match="the model is on meta"):
+        calibrate(nn.Linear(6, 2, device="meta"), [x.to("meta")])
     with pytest.raises(TypeError, match="expected a model"):
         calibrate("model", [x])
     with pytest.raises(ValueError, match="ReLU has no linear layers"):
