@@ -153,8 +153,8 @@ class InputSums:
             return
         if not bool(last.total.moments.isfinite().all()):
             raise ValueError(
-                f"the input of {last.names[0] or 'the model'} holds a NaN or infinity, so nothing can "
-                "be learned from it; look at the batch, or run the model in float32"
+                f"the input of {last.names[0] or 'the model'} holds a NaN or infinity, so nothing "
+                "can be learned from it; look at the batch, or run the model in float32"
             )
         key = tuple(last.names)
         if key in self.sums:
