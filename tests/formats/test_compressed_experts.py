@@ -35,7 +35,8 @@ FAMILIES: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
     "Qwen3Moe": (MANY | {"head_dim": 16}, ("mlp.experts.1.gate_proj", "up_proj", "down_proj")),
     "Qwen2Moe": (MANY | {"shared_expert_intermediate_size": 32},
                  ("mlp.experts.1.gate_proj", "up_proj", "down_proj")),
-    "Olmoe": ({"num_experts": 4, "num_experts_per_tok": 2}, ("mlp.experts.1.gate_proj", "up_proj", "down_proj")),
+    "Olmoe": ({"num_experts": 4, "num_experts_per_tok": 2},
+              ("mlp.experts.1.gate_proj", "up_proj", "down_proj")),
     "Phimoe": (LOCAL, ("block_sparse_moe.experts.1.w1", "w3", "w2")),
     "DeepseekV3": (
         {"moe_intermediate_size": 32, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2,

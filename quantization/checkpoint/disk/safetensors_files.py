@@ -45,8 +45,10 @@ _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
     "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16",
     "U32": "uint32", "U64": "uint64", "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2",
-    "F8_E8M0": "float8_e8m0fnu", "C64": "complex64",
+    "F8_E8M0": "float8_e8m0fnu", "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz", "F4": "float4_e2m1fn_x2", "C64": "complex64",
 }  # fmt: skip
+_TOGETHER = {"F4": 2}  # numbers that torch has in one element: its last dimension is shorter
 _NAMES = {name: short for short, name in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000  # bytes, as the library has it
 _ALIGNMENT = 64
@@ -133,10 +135,12 @@ def _entry(path: Path, key: str, value: Any, begin: int) -> Entry:
         raise CheckpointError(
             f"{path}: {key} has the dtype {dtype}; known are {', '.join(_DTYPES)}"
         )
-    if not all(type(size) is int and size >= 0 for size in shape) or not 0 <= first <= last:
+    together, are_sizes = _TOGETHER.get(dtype, 1), all(type(n) is int and n >= 0 for n in shape)
+    if not are_sizes or not 0 <= first <= last or (shape or [1])[-1] % together:
         raise CheckpointError(
             f"{path}: {key} has a negative or broken size: {shape!s:.200}, {first}..{last}"
         )
+    shape[-1:] = [size // together for size in shape[-1:]]
     size = math.prod(shape) * getattr(torch, _DTYPES[dtype]).itemsize
     if size != last - first:
         raise CheckpointError(
@@ -326,13 +330,15 @@ class TensorWriter:
         self._wanted = dict(tensors)
         head: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
         self._starts: dict[str, int] = {}
-        for key, (dtype, _) in self._wanted.items():
-            _check_writable(key, dtype)
+        for key, (dtype, shape) in self._wanted.items():
+            _check_writable(key, dtype, shape)
         at = 0
         for key in sorted(self._wanted, key=lambda key: (-_itemsize(self._wanted[key][0]), key)):
             dtype, shape = self._wanted[key]
             self._starts[key], end = at, at + math.prod(shape) * _itemsize(dtype)
-            head[key] = {"dtype": _NAMES[dtype], "shape": [*shape], "data_offsets": [at, end]}
+            kind, sizes = _NAMES[dtype], [*shape]
+            sizes[-1:] = [size * _TOGETHER.get(kind, 1) for size in sizes[-1:]]
+            head[key] = {"dtype": kind, "shape": sizes, "data_offsets": [at, end]}
             at = end
         text = json.dumps(head, separators=(",", ":")).encode()
         text += b" " * (-(8 + len(text)) % _ALIGNMENT)
@@ -377,11 +383,11 @@ class TensorWriter:
             os.fsync(self._file.fileno())
 
 
-def _check_writable(key: str, dtype: str) -> None:
+def _check_writable(key: str, dtype: str, shape: tuple[int, ...]) -> None:
     is_text = all(ord(sign) >= 32 and not 0xD800 <= ord(sign) < 0xE000 for sign in key)
     if not is_text or key == "__metadata__":
         raise CheckpointError(f"{key!r} cannot be the key of a tensor in a safetensors file")
-    if dtype not in _NAMES:
+    if dtype not in _NAMES or (_NAMES[dtype] in _TOGETHER and not shape):
         raise CheckpointError(
             f"safetensors files have no dtype {dtype}, as {key} has: {', '.join(_NAMES)}"
         )
