@@ -13,10 +13,12 @@ from typing import Any
 from quantization.formats.compressed_experts import EXPERTS, is_of_expert
 from quantization.formats.errors import FormatError
 from quantization.formats.folders import is_named
+from quantization.schemes.checks import MX_GROUP
 
 __all__ = [
     "INT",
     "METHOD",
+    "MXFP4",
     "PACKED",
     "Group",
     "WeightForm",
@@ -26,9 +28,11 @@ __all__ = [
 ]
 
 METHOD, PACKED, INT = "compressed-tensors", "pack-quantized", "int-quantized"
-WIDTHS = range(2, 9)
+MXFP4 = "mxfp4-pack-quantized"
+WIDTHS = range(2, 9)  # that are written
+_READ_WIDTHS = range(1, 9)
 _LINEAR = "Linear"  # the class that a target names
-_LAYOUTS = {PACKED: PACKED, INT: INT, "naive-quantized": INT}
+_LAYOUTS = {PACKED: PACKED, INT: INT, "naive-quantized": INT, MXFP4: MXFP4}
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class WeightForm:
     """How the weights of some layers are stored.
 
     Attributes:
-        bits: 2..8.
+        bits: 1..8; written are 2 or more.
         is_symmetric: whether there are no zero points.
         strategy: ``"group"``, ``"channel"`` (one scale a row) or ``"tensor"``.
         group: columns of a group, with that strategy.
@@ -68,7 +72,7 @@ class WeightForm:
         """The reverse of :meth:`to_dict`.
 
         Raises:
-            FormatError: for anything but integers of 2..8 bits by group, row or tensor.
+            FormatError: for anything but integers of 1..8 bits by group, row or tensor.
         """
         if not isinstance(plain, Mapping):
             raise FormatError(f"{what}: weights are no object")
@@ -76,10 +80,10 @@ class WeightForm:
         strategy = plain.get("strategy")
         if strategy is None:
             strategy = "tensor" if group is None else "channel" if group == -1 else "group"
-        if plain.get("type", "int") != "int" or type(bits) is not int or bits not in WIDTHS:
+        if plain.get("type", "int") != "int" or type(bits) is not int or bits not in _READ_WIDTHS:
             raise FormatError(
                 f"{what}: weights are {plain.get('type', 'int')!r:.60} of {bits!r:.60} bits; read "
-                f"are 'int' of {WIDTHS[0]}..{WIDTHS[-1]}"
+                f"are 'int' of {_READ_WIDTHS[0]}..{_READ_WIDTHS[-1]}, and 'float' of 4 in {MXFP4}"
             )
         if strategy not in ("group", "channel", "tensor"):
             raise FormatError(
@@ -103,7 +107,7 @@ class Group:
     Attributes:
         targets: names, ``re:`` patterns and classes of its layers.
         form: of their weights.
-        layout: :data:`PACKED` or :data:`INT`.
+        layout: :data:`PACKED`, :data:`INT` or :data:`MXFP4`.
         has_activations: whether activations are to be quantized too.
     """
 
@@ -170,12 +174,11 @@ def groups_from(settings: Mapping[str, Any], what: str) -> list[Group]:
     Raises:
         FormatError: for settings that are not understood, or that change more than weights.
     """
-    for key, means in (
-        ("transform_config", "rotates activations as the model runs"),
-        ("kv_cache_scheme", "quantizes the cache of keys and values"),
-    ):
-        if settings.get(key):
-            raise FormatError(f"{what} {means} ({key}), for which there is no place here")
+    if settings.get("transform_config"):
+        raise FormatError(
+            f"{what} rotates activations as the model runs (transform_config), for which there is "
+            "no place here"
+        )
     sparsity = settings.get("sparsity_config") or {}
     if not isinstance(sparsity, Mapping) or sparsity.get("format", "dense") != "dense":
         raise FormatError(f"{what} is sparse as well (sparsity_config), which is not read")
@@ -194,17 +197,31 @@ def _group(plain: Any, settings: Mapping[str, Any], what: str) -> Group | None:
     if plain.get("weights") is None:
         return None
     layout = plain.get("format") or settings.get("format")
-    if layout not in _LAYOUTS:
+    if not isinstance(layout, str) or layout not in _LAYOUTS:
         raise FormatError(
-            f"{what} is in the format {layout!r:.60}; those that are read are {PACKED} and {INT}"
+            f"{what} is in the format {layout!r:.60}; those that are read are {PACKED}, {INT} and "
+            f"{MXFP4}"
         )
     activations = (plain.get("input_activations"), plain.get("output_activations"))
     return Group(
         tuple(plain["targets"]),
-        WeightForm.from_dict(plain["weights"], what),
+        (_mx_form if layout == MXFP4 else WeightForm.from_dict)(plain["weights"], what),
         _LAYOUTS[layout],
         any(part is not None for part in activations),
     )
+
+
+def _mx_form(plain: Any, what: str) -> WeightForm:
+    """Floats of 4 bits in groups of 32, which is all that the format may have."""
+    given = dict(plain) if isinstance(plain, Mapping) else {}
+    wanted = {"num_bits": 4, "type": "float", "group_size": MX_GROUP, "symmetric": True}
+    odd = [key for key, value in wanted.items() if given.get(key, True) != value]
+    if odd:
+        raise FormatError(
+            f"{what}: {odd[0]} of weights is {given.get(odd[0])!r:.60}; in {MXFP4} it must be "
+            f"{wanted[odd[0]]}"
+        )
+    return WeightForm(4, True, "group", MX_GROUP)
 
 
 def _are_texts(value: Any) -> bool:

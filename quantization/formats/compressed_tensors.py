@@ -15,6 +15,9 @@ one dense stream of codes, the first in the lowest bits, and ``code = q + 2**(bi
     Of a layer in act-order: the group of each column. Only read: later versions of the library
     refuse it.
 
+``mxfp4-pack-quantized``, which is only read, has two E2M1 floats in each uint8 of ``weight_packed``
+``[out, in / 2]``, the first in the low bits, and exponents ``weight_scale``, uint8
+``[out, in / 32]``.
 ``int-quantized``, which is only read, has int8 ``weight`` and ``weight_zero_point`` instead, of
 plain ``q``. ``w[n, k] = (q - zero) * scale``; :mod:`quantization.formats.compressed_config` has the
 settings.
@@ -38,7 +41,9 @@ from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, plan_shards, write_beside, write_shard
 from quantization.formats.compressed_config import (
+    INT,
     METHOD,
+    MXFP4,
     PACKED,
     WIDTHS,
     WeightForm,
@@ -69,6 +74,8 @@ from quantization.numerics.granularity import Granularity, PerGroup
 from quantization.numerics.parameters import Mode
 from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.ops.dtypes import SOURCES
+from quantization.schemes.checks import MX_GROUP
+from quantization.schemes.codebooks import E2M1
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
 
@@ -78,6 +85,7 @@ _PARTS = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", 
 _ACTIVATIONS = tuple(
     f"{place}_{part}" for place in ("input", "output") for part in ("scale", "zero_point")
 )
+_EXPONENTS = ("uint8", "float8_e8m0fnu")
 _HEAD = "lm_head"
 _log = logging.getLogger("quantization")
 
@@ -86,10 +94,12 @@ _log = logging.getLogger("quantization")
 
 
 def read_compressed_tensors(folder: str | os.PathLike[str]) -> StoredModel:
-    """A ``pack-quantized`` or ``int-quantized`` model, lossless; weights are read when asked for.
+    """A ``pack-quantized``, ``int-quantized`` or ``mxfp4-pack-quantized`` model, lossless.
 
-    If the settings quantize activations too, those stay float here, and a warning of the logger
-    ``quantization`` says so.
+    Weights are read when they are asked for.
+
+    If the settings quantize activations or the cache of keys and values too, those stay float here,
+    and a warning of the logger ``quantization`` says so.
 
     Args:
         folder: with safetensors files and a ``config.json``.
@@ -109,13 +119,14 @@ def read_compressed_tensors(folder: str | os.PathLike[str]) -> StoredModel:
     has_activations = False
     for name in source.names("weight_packed", "weight_scale"):
         group = group_of(name, groups, f"{source.path}")
-        read = _packed_layer if group.layout == PACKED else _int8_layer
-        layers[name] = read(source, name, group.form)
-        parts = _PARTS if group.layout == PACKED else ("weight", *_PARTS)
+        layers[name] = _READERS[group.layout](source, name, group.form)
+        parts = ("weight", *_PARTS) if group.layout == INT else _PARTS
         used += [key_of(name, part) for part in (*parts, *_ACTIVATIONS)]
         has_activations |= group.has_activations
     if has_activations:
         _log.warning("%s quantizes activations too; here they stay float", source.path)
+    if source.settings.get("kv_cache_scheme"):
+        _log.warning("%s quantizes the cache of keys and values too; here it stays float", folder)
     return source.model(layers, used)
 
 
@@ -138,6 +149,28 @@ def _int8_layer(source: Folder, name: str, form: WeightForm) -> StoredLayer:
     return _layer(source, name, form, (rows, cols), lambda: _unsigned(weight, form.bits, where))
 
 
+def _mx_layer(source: Folder, name: str, form: WeightForm) -> StoredLayer:
+    packed = source.tensor(key_of(name, "weight_packed"), ("uint8",), (None, None))
+    rows, cols = packed.shape[0], 2 * packed.shape[1]
+    groups = -(-cols // MX_GROUP)
+    exponents = source.tensor(key_of(name, "weight_scale"), _EXPONENTS, (rows, groups))
+    for part in ("weight_global_scale", "weight_zero_point"):
+        if key_of(name, part) in source.tensors:
+            raise FormatError(f"{source.path} has {key_of(name, part)}, and {MXFP4} has no such")
+    dtype, scheme = source.dtype() or "bfloat16", Scheme.mxfp4()
+
+    def load() -> PackedWeights:
+        levels = torch.tensor([E2M1], dtype=getattr(torch, dtype))
+        scales = exponents.load().view(torch.uint8)
+        parts = {"packed_weights": packed.load(), "scales": scales, "codebook": levels}
+        return PackedWeights(scheme, (rows, cols), **parts, dtype=dtype)
+
+    return StoredLayer("linear", scheme, (rows, cols), dtype, load)
+
+
+_READERS = {PACKED: _packed_layer, INT: _int8_layer, MXFP4: _mx_layer}
+
+
 def _layer(
     source: Folder,
     name: str,
@@ -149,6 +182,8 @@ def _layer(
     groups = 1 if form.group is None else -(-cols // form.group)
     scales = _each_row(source, key_of(name, "weight_scale"), SOURCES, form, (rows, groups))
     zeros = _zeros(source, key_of(name, "weight_zero_point"), form, (rows, groups))
+    if form.bits == 1 and zeros is None:  # -1 and 0: codes around the zero point 1
+        zeros = partial(torch.ones, (rows, groups), dtype=torch.uint8)
     order, places = IN_ORDER, key_of(name, "weight_g_idx")
     if places in source.tensors:
         order = _order(source, places, form, cols, groups)
@@ -162,7 +197,7 @@ def _layer(
 
     span = Granularity.PerTensor if form.strategy == "tensor" else granularity_of(form.group)
     has_order = order.columns is not None
-    return source.layer(shape, form.bits, span, form.is_symmetric, scales, load, has_order)
+    return source.layer(shape, form.bits, span, zeros is None, scales, load, has_order)
 
 
 def _shape(source: Folder, key: str) -> tuple[int, int]:

@@ -38,6 +38,7 @@ __all__ = [
 
 #: Where ``config.json`` has what this module calls settings.
 SETTINGS = "quantization_config"
+OLD_SETTINGS = "compression_config"  # of older versions of compressed-tensors
 #: What classes of transformers once saved: causal masks, of four dimensions; frequencies, and what
 #: stood for the masked; and what others save of a cache.
 _MASKS = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
@@ -125,7 +126,7 @@ class Folder:
 
         The dtype is the model's, if its config says one, else that of the scales.
         """
-        dtype = self._dtype() or scales.dtype
+        dtype = self.dtype() or scales.dtype
         scheme = Scheme(
             bits,
             granularity,
@@ -136,7 +137,8 @@ class Folder:
         kind = "int8_linear" if scheme == Scheme.int8() else "linear"
         return StoredLayer(kind, scheme, shape, dtype, lambda: load(scheme, dtype))
 
-    def _dtype(self) -> str | None:
+    def dtype(self) -> str | None:
+        """That of the model, if its config says one that layers may have."""
         config = self.config or {}
         inner = config.get("text_config")
         for place in (config, inner if isinstance(inner, Mapping) else {}):
@@ -216,8 +218,8 @@ def open_folder(
     files = TensorFolder(path)
     config = read_json(path / CONFIG) if (path / CONFIG).is_file() else None
     found = []
-    if config is not None and SETTINGS in config:
-        found.append((CONFIG, config.pop(SETTINGS)))
+    if config is not None:
+        found += [(CONFIG, plain) for plain in _settings_in(config)]
     if sidecar is not None and (path / sidecar).is_file():
         found.append((sidecar, read_json(path / sidecar)))
     settings = _settings(path, found, synonyms or {})
@@ -229,6 +231,16 @@ def open_folder(
     assets = tuple(asset for asset in assets_of(files) if asset.name != sidecar)
     inner, _ = inner_files(path)
     return Folder(path, files.tensors(), config or None, settings, assets, inner)
+
+
+def _settings_in(config: dict[str, Any]) -> list[Any]:
+    """The settings in a config, taken out of it, where vLLM looks for them too: the first there."""
+    inner = config.get("text_config")
+    places = ((config, SETTINGS), (inner, SETTINGS), (config, OLD_SETTINGS))
+    found = [place.pop(key) for place, key in places if isinstance(place, dict) and key in place]
+    if found and isinstance(found[0], dict) and isinstance(found[0].get(SETTINGS), dict):
+        found[0] |= found[0].pop(SETTINGS)  # as older versions of compressed-tensors nest it
+    return found[:1]
 
 
 def _settings(

@@ -120,3 +120,98 @@ def test_g_idx_is_followed_or_refused(tmp_path: Path, rng: np.random.Generator) 
     assert torch.equal(sorted_columns.dequantize(), exact)
     with pytest.raises(FormatError, match=r"up.weight_g_idx gives groups other sizes than 32"):
         read((torch.arange(96) % 4).clamp_max(2))
+
+
+def test_a_quantized_cache_stays_float_and_a_warning_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, rng: np.random.Generator
+) -> None:
+    name = "model.layers.0.self_attn.k_proj"
+    write_compressed_tensors(
+        stored_of({name: packed_of(rng, "w4g32", 8, 64, torch.float32)}), tmp_path / "a"
+    )
+    tensors = load_file(tmp_path / "a/model.safetensors")
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    config["quantization_config"]["kv_cache_scheme"] = {"num_bits": 8, "type": "float"}
+    tensors |= {"model.layers.0.self_attn.k_scale": torch.ones(1)}
+    tensors |= {"model.layers.0.self_attn.v_scale": torch.ones(1)}
+    with caplog.at_level(logging.WARNING, "quantization"):
+        stored = read_compressed_tensors(folder_of(tmp_path / "b", tensors, config))
+    assert "quantizes the cache of keys and values too; here it stays float" in caplog.text
+    assert list(stored.layers) == [name] and stored.tensors == {}
+
+
+@pytest.mark.parametrize("place", ["text_config", "compression_config", "nested"])
+def test_settings_may_stand_elsewhere(place: str, tmp_path: Path, rng: np.random.Generator) -> None:
+    packed = packed_of(rng, "w4g32", 8, 64, torch.float32)
+    write_compressed_tensors(stored_of({"up": packed}), tmp_path / "a")
+    plain = json.loads((tmp_path / "a/config.json").read_text())["quantization_config"]
+    config = {
+        "text_config": {"text_config": {"quantization_config": plain, "a": 1}, "b": 2},
+        "compression_config": {"compression_config": plain, "b": 2},
+        "nested": {"compression_config": {"quantization_config": plain, "sparsity_config": {}}},
+    }[place]
+    tensors = load_file(tmp_path / "a/model.safetensors")
+    stored = read_compressed_tensors(folder_of(tmp_path / "b", tensors, config))
+    assert_same(stored.layers["up"].load(), packed)
+    left = {"text_config": {"text_config": {"a": 1}, "b": 2}, "compression_config": {"b": 2}}
+    assert stored.config == left.get(place)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("layout", ["pack-quantized", "int-quantized"])
+def test_one_bit(layout: str, symmetric: bool, tmp_path: Path, rng: np.random.Generator) -> None:
+    codes, scales = rng.integers(-1, 1, (32, 64)), rng.uniform(0.1, 1, (32, 2)).astype(np.float32)
+    zeros = rng.integers(-1, 1, (32, 2)) * (not symmetric)
+    tensors = {"up.weight_scale": torch.from_numpy(scales)}
+
+    def words(bits: np.ndarray) -> torch.Tensor:
+        stream = np.packbits(bits + 1, axis=-1, bitorder="little")
+        return torch.from_numpy(np.ascontiguousarray(stream).view("<i4"))
+
+    if layout == "pack-quantized":
+        tensors |= {"up.weight_packed": words(codes), "up.weight_shape": torch.tensor([32, 64])}
+        zero = words(zeros.T).T.contiguous()
+    else:
+        tensors["up.weight"] = torch.from_numpy(codes.astype(np.int8))
+        zero = torch.from_numpy(zeros.astype(np.int8))
+    if not symmetric:
+        tensors["up.weight_zero_point"] = zero
+    form = {"num_bits": 1, "symmetric": symmetric, "strategy": "group", "group_size": 32}
+    layer = read_compressed_tensors(folder_of(tmp_path, tensors, settings(form, layout)))
+    place = np.arange(64) // 32
+    exact = (codes - zeros[:, place]).astype(np.float32) * scales[:, place]
+    np.testing.assert_array_equal(layer.layers["up"].load().dequantize(), exact)
+    assert str(layer.layers["up"].scheme) == "w1g32a"
+
+
+@pytest.mark.parametrize("dtype", ["float32", None])
+def test_mxfp4_is_read(dtype: str | None, tmp_path: Path, rng: np.random.Generator) -> None:
+    codes, exponents = rng.integers(0, 16, (8, 64)), rng.integers(100, 150, (8, 2))
+    packed = (codes[:, ::2] | codes[:, 1::2] << 4).astype(np.uint8)
+    tensors = {"up.weight_packed": torch.from_numpy(packed)}
+    tensors["up.weight_scale"] = torch.from_numpy(exponents.astype(np.uint8))
+    form = {"num_bits": 4, "type": "float", "strategy": "group", "group_size": 32}
+    config = settings(form | {"symmetric": True}, "mxfp4-pack-quantized")
+    config |= {} if dtype is None else {"dtype": dtype}
+    layer = read_compressed_tensors(folder_of(tmp_path / "a", tensors, config)).layers["up"]
+    levels = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    levels = np.concatenate([levels, -levels])
+    exact = levels[codes] * 2.0 ** (exponents[:, np.arange(64) // 32] - 127)
+    np.testing.assert_array_equal(layer.load().dequantize("float64"), exact)
+    assert str(layer.scheme) == "mxfp4" and layer.dtype == (dtype or "bfloat16")
+    x = torch.randn(3, 64, dtype=torch.float64)
+    torch.testing.assert_close(layer.module()(x), x @ torch.from_numpy(exact).T)
+    tensors["up.weight_global_scale"] = torch.ones(1)
+    with pytest.raises(FormatError, match=r"has up\.weight_global_scale, and mxfp4-pack-quantized"):
+        read_compressed_tensors(folder_of(tmp_path / "b", tensors, config))
+    compressors = pytest.importorskip("compressed_tensors.compressors")
+    quantization = pytest.importorskip("compressed_tensors.quantization")
+    scheme = quantization.QuantizationScheme(
+        targets=["Linear"], weights=quantization.QuantizationArgs(**form, symmetric=True)
+    )
+    library = compressors.BaseCompressor.get_value_from_registry("mxfp4-pack-quantized")
+    parts = {
+        key.removeprefix("up."): tensor for key, tensor in tensors.items() if "global" not in key
+    }
+    theirs = library.decompress(parts, scheme)["weight"]
+    np.testing.assert_array_equal(theirs.double().numpy(), exact)

@@ -142,7 +142,8 @@ def test_tensors_of_another_form_are_named(
 @pytest.mark.parametrize(
     ("form", "more", "message"),
     [
-        ({"num_bits": 9}, {}, "weights are 'int' of 9 bits; read are 'int' of 2..8"),
+        ({"num_bits": 9}, {}, "weights are 'int' of 9 bits; read are 'int' of 1..8"),
+        ({"num_bits": 0}, {}, "weights are 'int' of 0 bits"),
         ({"num_bits": True}, {}, "of True bits"),
         ({"type": "float"}, {}, "weights are 'float' of 8 bits"),
         ({"strategy": "block"}, {}, "the strategy of weights is 'block'"),
@@ -160,7 +161,9 @@ def test_tensors_of_another_form_are_named(
         ),
         ({}, {"config_groups": {"g": {"targets": ["re:("], "weights": {}}}}, "is no regular"),
         ({}, {"transform_config": {"config_groups": {"u": {}}}}, r"\(transform_config\)"),
-        ({}, {"kv_cache_scheme": {"num_bits": 8}}, r"\(kv_cache_scheme\)"),
+        ({}, {"format": [0]}, r"in the format \[0\]; those that are read are pack-quantized"),
+        ({}, {"format": {"a": 0}}, "in the format {'a': 0}; those that are read"),
+        ({}, {"format": "mxfp4-pack-quantized"}, "num_bits of weights is 8; in mxfp4-pack-quanti"),
         ({}, {"sparsity_config": {"format": "sparse-24-bitmask"}}, "is sparse as well"),
         ({}, {"quant_method": "gptq"}, "was quantized by 'gptq', not by 'compressed-tensors'"),
     ],
