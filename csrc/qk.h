@@ -30,6 +30,7 @@ typedef enum qk_status {
     QK_NEGATIVE,      /* symmetric codes without a sign, source with negative values */
     QK_SCALE_RANGE,   /* a scale beyond the largest number of its type */
     QK_OUT_OF_MEMORY, /* scratch memory could not be had */
+    QK_INTERRUPTED,   /* the program asked to stop (api/parallel.h); outputs hold nothing of use */
 } qk_status;
 
 /* What a status means, in words; never NULL. */

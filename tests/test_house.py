@@ -46,7 +46,7 @@ C_ARROWS = {
     "api/dispatch": ("api/dispatch.h", "kernels/kernels.h", "kernels/isa_list.def"),
     "api/parallel": ("qk.h", "api/parallel.h"),
     "python": ("qk.h", "python/binding.h"),
-    "python/binding": ("qk.h", "python/binding.h", "torch/torch_ops.h"),
+    "python/binding": ("qk.h", "python/binding.h", "torch/torch_ops.h", "api/parallel.h"),
     "torch": ("qk.h", "torch/torch_call.h", "torch/torch_shim.h"),
     "torch/torch_ops": ("qk.h", "torch/torch_ops.h", "torch/torch_call.h", "api/parallel.h"),
     "torch/torch_shim": (),

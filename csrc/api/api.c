@@ -26,6 +26,8 @@ const char *qk_status_text(qk_status status)
         return "a scale is beyond the largest number of its type; use a wider type for the scales";
     case QK_OUT_OF_MEMORY:
         return "not enough memory for scratch space";
+    case QK_INTERRUPTED:
+        return "interrupted by a signal";
     }
     return "unknown status";
 }

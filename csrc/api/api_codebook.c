@@ -58,7 +58,8 @@ qk_status qk_fit_levels(void *levels, size_t level_count, const void *values, co
                    .level_count = level_count,
                    .scratch_bytes = qk_fit_scratch_bytes(count, level_count)};
     QK_REQUIRE(job.scratch_bytes, QK_BAD_SHAPE);
-    qk_parallel_for(rows, rows_worth_a_thread(count * level_count), fit_rows, &job);
+    QK_REQUIRE(qk_parallel_for(rows, rows_worth_a_thread(count * level_count), fit_rows, &job),
+               QK_INTERRUPTED);
     return atomic_load(&job.failed) ? QK_OUT_OF_MEMORY : QK_OK;
 }
 
@@ -111,6 +112,7 @@ qk_status qk_encode_levels(uint8_t *codes, const void *x, const qk_leveling *for
     encode_job job = {.codes = codes, .x = x, .form = form};
     if (form->codebooks == 1)
         qk_order_levels(&job.shared, form->codebook, form->levels);
-    qk_parallel_for(form->rows, rows_worth_a_thread(form->cols), encode_rows, &job);
+    QK_REQUIRE(qk_parallel_for(form->rows, rows_worth_a_thread(form->cols), encode_rows, &job),
+               QK_INTERRUPTED);
     return QK_OK;
 }

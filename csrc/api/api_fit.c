@@ -61,6 +61,6 @@ qk_status qk_fit_groups(void *scales, void *zeros, void *errors, const qk_fit *f
                    .kernels = qk_active_kernels()};
     size_t work = fit->cols * ((fit->starts + 1) * (fit->rounds + 1));
     size_t grain = GRAIN / work / QK_FIT_LANES * QK_FIT_LANES + QK_FIT_LANES;
-    qk_parallel_for(fit->rows, grain, fit_rows, &job);
+    QK_REQUIRE(qk_parallel_for(fit->rows, grain, fit_rows, &job), QK_INTERRUPTED);
     return atomic_load(&job.failed) ? QK_OUT_OF_MEMORY : QK_OK;
 }

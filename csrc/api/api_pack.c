@@ -162,9 +162,9 @@ static qk_status check(const qk_packing *packing, const void *codes, const void 
     return QK_OK;
 }
 
-/* Returns the widths that fit, where codes were packed. */
-static int run(const qk_packing *packing, const void *in, void *out, int is_signed,
-               qk_range_fn rows, qk_range_fn columns)
+/* *fits (NULL: not wanted): the widths that fit, where codes were packed. */
+static qk_status run(const qk_packing *packing, const void *in, void *out, int is_signed, int *fits,
+                     qk_range_fn rows, qk_range_fn columns)
 {
     pack_job job = {.kernels = qk_active_kernels(), .packing = packing, .in = in, .out = out};
     job.is_signed = is_signed;
@@ -181,27 +181,26 @@ static int run(const qk_packing *packing, const void *in, void *out, int is_sign
     if (packing->axis == 0)
         work *= qk_ceil_div(job.width, packing->bits);
     if (lines && job.pieces)
-        qk_parallel_for(lines * job.pieces, MIN_WORK / (work + 1) + 1,
-                        packing->axis == 0 ? columns : rows, &job);
-    return atomic_load(&job.fits);
+        QK_REQUIRE(qk_parallel_for(lines * job.pieces, MIN_WORK / (work + 1) + 1,
+                                   packing->axis == 0 ? columns : rows, &job),
+                   QK_INTERRUPTED);
+    if (fits)
+        *fits = atomic_load(&job.fits);
+    return QK_OK;
 }
 
 qk_status qk_pack(void *packed, const uint8_t *codes, const qk_packing *packing, int *fits)
 {
     qk_status status = check(packing, codes, packed);
     QK_REQUIRE(status == QK_OK, status);
-    int all = run(packing, codes, packed, 0, pack_rows, pack_columns);
-    if (fits)
-        *fits = all;
-    return QK_OK;
+    return run(packing, codes, packed, 0, fits, pack_rows, pack_columns);
 }
 
 qk_status qk_unpack(uint8_t *codes, const void *packed, const qk_packing *packing, int is_signed)
 {
     qk_status status = check(packing, codes, packed);
-    if (status == QK_OK)
-        run(packing, packed, codes, is_signed, unpack_rows, unpack_columns);
-    return status;
+    QK_REQUIRE(status == QK_OK, status);
+    return run(packing, packed, codes, is_signed, NULL, unpack_rows, unpack_columns);
 }
 
 /* ---- ternary ------------------------------------------------------------ */
@@ -238,9 +237,9 @@ static qk_status run_ternary(uint8_t *out, const uint8_t *in, size_t rows, size_
     QK_REQUIRE(
         !qk_overlap(out, packs ? packed_bytes : code_bytes, in, packs ? code_bytes : packed_bytes),
         QK_OVERLAP);
-    if (cols)
-        qk_parallel_for(rows, MIN_WORK / (cols + 1) + 1,
-                        packs ? pack_ternary_rows : unpack_ternary_rows, &job);
+    QK_REQUIRE(!cols || qk_parallel_for(rows, MIN_WORK / (cols + 1) + 1,
+                                        packs ? pack_ternary_rows : unpack_ternary_rows, &job),
+               QK_INTERRUPTED);
     return QK_OK;
 }
 

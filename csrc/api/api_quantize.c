@@ -250,17 +250,18 @@ static qk_status run_job(quantize_job *job)
     size_t slabs = job->tiles.count * job->tiles.slabs;
     size_t grain = qk_task_grain(&job->tiles, slabs);
     if (job->tiles.slabs == 1) {
-        qk_parallel_for(slabs, grain, run_tiles, job);
+        QK_REQUIRE(qk_parallel_for(slabs, grain, run_tiles, job), QK_INTERRUPTED);
         return QK_OK;
     }
     job->partial = malloc(slabs * sizeof *job->partial);
     QK_REQUIRE(job->partial, QK_OUT_OF_MEMORY);
-    qk_parallel_for(slabs, grain, measure_slabs, job);
-    merge_slabs(job);
+    int done = qk_parallel_for(slabs, grain, measure_slabs, job);
+    if (done)
+        merge_slabs(job);
     free(job->partial);
-    if (job->codes)
-        qk_parallel_for(slabs, grain, encode_slabs, job);
-    return QK_OK;
+    if (done && job->codes)
+        done = qk_parallel_for(slabs, grain, encode_slabs, job);
+    return done ? QK_OK : QK_INTERRUPTED;
 }
 
 /* What was seen, as a status with the first culprit: found only now that there is one. */
@@ -329,8 +330,8 @@ qk_status qk_encode(void *codes, const void *source, const void *scale, const in
     job.scale = (char *)scale; /* only read */
     job.zero = (char *)zero;
     size_t slabs = job.tiles.count * job.tiles.slabs;
-    qk_parallel_for(slabs, qk_task_grain(&job.tiles, slabs), encode_slabs, &job);
-    return QK_OK;
+    int done = qk_parallel_for(slabs, qk_task_grain(&job.tiles, slabs), encode_slabs, &job);
+    return done ? QK_OK : QK_INTERRUPTED;
 }
 
 typedef struct decode_job {
@@ -384,6 +385,6 @@ qk_status qk_decode(void *out, qk_dtype out_dtype, const void *codes, qk_dtype c
         span_of(scale, blocks, job.scale_bytes), span_of(zero, blocks, sizeof *zero)};
     QK_REQUIRE(are_apart(spans, 1, 4), QK_OVERLAP);
     size_t slabs = job.tiles.count * job.tiles.slabs;
-    qk_parallel_for(slabs, qk_task_grain(&job.tiles, slabs), decode_slabs, &job);
-    return QK_OK;
+    int done = qk_parallel_for(slabs, qk_task_grain(&job.tiles, slabs), decode_slabs, &job);
+    return done ? QK_OK : QK_INTERRUPTED;
 }

@@ -7,14 +7,21 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <time.h>
 
 #include "qk.h"
 
-enum { MAX_THREADS = 1024 };
+enum {
+    MAX_THREADS = 1024,
+    FIRST_GRAINS = 16,  /* that a thread does before the first look at the clock, */
+    FIRST_ITEMS = 2,    /* or so many items, where one is a grain or any number of them */
+    SLICE_NS = 20000000 /* between two questions whether to go on */
+};
 
 static _Atomic size_t own_threads; /* 0: torch's */
 static _Atomic(qk_torch_for) torch_loop;
 static _Atomic(qk_torch_threads) torch_count;
+static _Atomic(qk_pause) pause_hook;
 static _Atomic int forked; /* this process is a child whose torch pool stayed with the parent */
 static _Thread_local int inside; /* this thread is running a range */
 
@@ -61,6 +68,7 @@ typedef struct job {
     qk_range_fn fn;
     void *context;
     fp_state state; /* the caller's */
+    size_t begin;   /* of the items */
     size_t items, pieces;
 } job;
 
@@ -70,7 +78,7 @@ static void run_range(const job *work, size_t first, size_t last)
     int outer = inside;
     inside = 1;
     set_fp_state(work->state);
-    work->fn(first, last, work->context);
+    work->fn(work->begin + first, work->begin + last, work->context);
     set_fp_state(own);
     inside = outer;
 }
@@ -150,22 +158,58 @@ static void run_on_own(const job *work)
 
 /* ---- the public calls --------------------------------------------------- */
 
-void qk_parallel_for(size_t items, size_t grain, qk_range_fn fn, void *context)
+static void run_items(job *work, size_t grain)
 {
-    if (items == 0)
-        return;
-    grain = grain ? grain : 1;
-    size_t own = atomic_load(&own_threads), shares = items / grain + (items % grain != 0);
-    job work = {fn, context, get_fp_state(), items, own < shares ? own : shares};
+    size_t own = atomic_load(&own_threads), shares = work->items / grain;
+    shares += work->items % grain != 0;
+    work->pieces = own < shares ? own : shares;
     if (!inside && shares > 1) {
         if (own > 1) {
-            run_on_own(&work);
+            run_on_own(work);
             return;
         }
-        if (own == 0 && run_on_torch(&work, grain))
+        if (own == 0 && run_on_torch(work, grain))
             return;
     }
-    fn(0, items, context);
+    work->fn(work->begin, work->begin + work->items, work->context);
+}
+
+static double now_ns(void)
+{
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return 1e9 * (double)now.tv_sec + (double)now.tv_nsec;
+}
+
+int qk_parallel_for(size_t items, size_t grain, qk_range_fn fn, void *context)
+{
+    qk_pause pause = inside ? NULL : atomic_load(&pause_hook);
+    grain = grain ? grain : 1;
+    size_t threads = qk_get_threads(), first = grain > 1 ? FIRST_GRAINS : FIRST_ITEMS;
+    size_t least = grain < items / threads / first ? threads * grain : items;
+    size_t slice = pause && least < items ? first * least : items;
+    job work = {fn, context, get_fp_state(), 0, 0, 0};
+    for (; work.begin < items; work.begin += work.items) {
+        size_t left = items - work.begin;
+        work.items = slice < left ? slice : left;
+        if (work.items == left) {
+            run_items(&work, grain);
+            continue;
+        }
+        double start = now_ns();
+        run_items(&work, grain);
+        double spent = now_ns() - start, share = (double)work.items * SLICE_NS / (spent + 1);
+        if (spent > SLICE_NS / 4 && pause())
+            return 0;
+        slice = share < (double)left ? (size_t)share : left;
+        slice = slice < least ? least : slice / least * least;
+    }
+    return 1;
+}
+
+void qk_use_pause(qk_pause pause)
+{
+    atomic_store(&pause_hook, pause);
 }
 
 void qk_set_threads(size_t threads)

@@ -12,8 +12,13 @@ typedef void (*qk_range_fn)(size_t first, size_t last, void *context);
  * smaller), on up to the current number of threads; return when all are done. Each worker runs
  * under the caller's floating-point control state. A call from inside a worker is serial, and so is
  * one in a forked child when the threads are torch's, which did not survive the fork. fn must not
- * care how the items are cut. */
-void qk_parallel_for(size_t items, size_t grain, qk_range_fn fn, void *context);
+ * care how the items are cut.
+ * 0: the program was asked after some of the items, and stopped; 1: all are done. */
+int qk_parallel_for(size_t items, size_t grain, qk_range_fn fn, void *context);
+
+/* Asked by the thread that called, some fifty times a second in a long call; not 0: stop. */
+typedef int (*qk_pause)(void);
+void qk_use_pause(qk_pause pause);
 
 /* torch's own loop and thread count (the stable shim's torch_parallel_for and
  * torch_get_num_threads); set once by torch_ops.c. Both return 0 for success. */

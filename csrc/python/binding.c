@@ -2,15 +2,64 @@
 #include "python/binding.h"
 
 #include <numpy/arrayobject.h>
+#include <string.h>
 
+#include "api/parallel.h"
 #include "torch/torch_ops.h"
 
 static PyObject *data_error; /* ValueError with args (message, flat index) */
+
+/* ---- signals -------------------------------------------------------------- */
+
+static unsigned long main_thread; /* the only one in which Python hears signals */
+static PyObject *heard[3];        /* what a signal's handler raised in the middle of a call */
+
+static int hear_signals(void)
+{
+    if (PyThread_get_thread_ident() != main_thread)
+        return 0;
+    PyGILState_STATE state = PyGILState_Ensure();
+    PyObject *own[3];
+    PyErr_Fetch(&own[0], &own[1], &own[2]);
+    int stop = PyErr_CheckSignals() < 0;
+    if (stop)
+        PyErr_Fetch(&heard[0], &heard[1], &heard[2]);
+    PyErr_Restore(own[0], own[1], own[2]);
+    PyGILState_Release(state);
+    return stop;
+}
+
+/* Raise what was heard, if anything was. */
+static PyObject *py_raise_heard(PyObject *module, PyObject *unused)
+{
+    (void)module, (void)unused;
+    PyObject *type = heard[0];
+    PyErr_Restore(type, heard[1], heard[2]);
+    memset(heard, 0, sizeof heard);
+    return type ? NULL : Py_NewRef(Py_None);
+}
+
+static int listen_for_signals(void)
+{
+    PyObject *threading = PyImport_ImportModule("threading");
+    PyObject *thread = threading ? PyObject_CallMethod(threading, "main_thread", NULL) : NULL;
+    PyObject *ident = thread ? PyObject_GetAttrString(thread, "ident") : NULL;
+    main_thread = ident ? PyLong_AsUnsignedLong(ident) : 0;
+    Py_XDECREF(ident);
+    Py_XDECREF(thread);
+    Py_XDECREF(threading);
+    qk_use_pause(hear_signals);
+    return PyErr_Occurred() ? -1 : 0;
+}
+
+/* ---- arguments ------------------------------------------------------------ */
 
 PyObject *qk_raise_status(qk_status status, size_t where)
 {
     if (status == QK_OUT_OF_MEMORY)
         return PyErr_NoMemory();
+    if (status == QK_INTERRUPTED)
+        return py_raise_heard(NULL, NULL);
     if (status == QK_NON_FINITE || status == QK_NEGATIVE) {
         PyObject *args = Py_BuildValue("(sn)", qk_status_text(status), (Py_ssize_t)where);
         if (args)
@@ -23,8 +72,15 @@ PyObject *qk_raise_status(qk_status status, size_t where)
     return NULL;
 }
 
+const char *qk_kinds(qk_dtype dtype)
+{
+    if (dtype == QK_FLOAT32 || dtype == QK_FLOAT64)
+        return "f";
+    return dtype == QK_FLOAT16 ? "f" QK_INTEGERS : QK_INTEGERS;
+}
+
 void *qk_array_data(PyObject *object, const char *name, size_t items, size_t item_bytes,
-                    int writable)
+                    const char *kinds, int writable)
 {
     if (!PyArray_Check(object)) {
         PyErr_Format(PyExc_TypeError, "%s must be a numpy.ndarray", name);
@@ -43,6 +99,13 @@ void *qk_array_data(PyObject *object, const char *name, size_t items, size_t ite
         PyErr_Format(PyExc_ValueError, "%s must hold %zu elements of %zu bytes, not %zd of %zd",
                      name, items, item_bytes, (Py_ssize_t)PyArray_SIZE(array),
                      (Py_ssize_t)PyArray_ITEMSIZE(array));
+        return NULL;
+    }
+    char kind = PyArray_DESCR(array)->kind;
+    if (!strchr(kinds, kind)) {
+        PyErr_Format(PyExc_TypeError, "%s must be of NumPy's kind %s, not %c (%R)", name,
+                     !strcmp(kinds, "f") ? "f (floats)" : "i or u (integers, or a float's bits)",
+                     kind, (PyObject *)PyArray_DESCR(array));
         return NULL;
     }
     return PyArray_DATA(array);
@@ -151,6 +214,7 @@ static PyMethodDef methods[] = {
     {"set_isa", py_set_isa, METH_VARARGS, NULL},
     {"get_num_threads", py_get_num_threads, METH_NOARGS, NULL},
     {"set_num_threads", py_set_num_threads, METH_VARARGS, NULL},
+    {"raise_heard", py_raise_heard, METH_NOARGS, NULL},
     {"register_torch", py_register_torch, METH_VARARGS, NULL},
     {NULL, NULL, 0, NULL},
 };
@@ -192,7 +256,7 @@ PyMODINIT_FUNC PyInit__kernels(void)
 {
     import_array();
     PyObject *module = PyModule_Create(&definition);
-    if (module && add_names(module) < 0)
+    if (module && (add_names(module) < 0 || listen_for_signals() < 0))
         Py_CLEAR(module);
     if (module)
         (void)qk_active_isa(); /* detect before any thread exists */

@@ -12,10 +12,16 @@
 /* Set the exception of a status (`where`: flat index of a culprit) and return NULL. */
 PyObject *qk_raise_status(qk_status status, size_t where);
 
+/* What numbers an array may hold, as letters of NumPy's kinds: i, u and f. 16-bit floats may come
+ * as their bits, and those that NumPy lacks do. */
+#define QK_INTEGERS "iu"
+const char *qk_kinds(qk_dtype dtype);
+
 /* Data of an ndarray that is C-contiguous, in native byte order, of `items` elements of
- * `item_bytes` each; writable when written to. Any address will do. NULL with an exception set. */
+ * `item_bytes` each and of those kinds; writable when written to. Any address will do. NULL with an
+ * exception set. */
 void *qk_array_data(PyObject *object, const char *name, size_t items, size_t item_bytes,
-                    int writable);
+                    const char *kinds, int writable);
 
 /* The number of elements of a [rows][cols] array; 0 with an exception set if it overflows. */
 int qk_count(size_t rows, size_t cols, size_t *items);
@@ -30,18 +36,21 @@ size_t qk_blocks(size_t length, size_t block);
         Py_RETURN_NONE;                                                                            \
     } while (0)
 
-#define QK_ARRAY(target, object, items, item_bytes, writable)                                      \
+#define QK_ARRAY_OF(target, object, items, item_bytes, kinds, writable)                            \
     do {                                                                                           \
-        (target) = qk_array_data(object, #object, items, item_bytes, writable);                    \
+        (target) = qk_array_data(object, #object, items, item_bytes, kinds, writable);             \
         if (!(target))                                                                             \
             return NULL;                                                                           \
     } while (0)
 
-#define QK_ARRAY_OR_NONE(target, object, items, item_bytes, writable)                              \
+#define QK_ARRAY(target, object, items, dtype, writable)                                           \
+    QK_ARRAY_OF(target, object, items, qk_dtype_bytes(dtype), qk_kinds(dtype), writable)
+
+#define QK_ARRAY_OR_NONE(target, object, items, dtype, writable)                                   \
     do {                                                                                           \
         (target) = NULL;                                                                           \
         if ((object) != Py_None)                                                                   \
-            QK_ARRAY(target, object, items, item_bytes, writable);                                 \
+            QK_ARRAY(target, object, items, dtype, writable);                                      \
     } while (0)
 
 PyObject *qk_py_quantize(PyObject *module, PyObject *args);

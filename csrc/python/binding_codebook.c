@@ -10,9 +10,9 @@ PyObject *qk_py_fit_levels(PyObject *module, PyObject *args)
         !qk_count(rows, count, &value_items) || !qk_count(rows, level_count, &level_items))
         return NULL;
     void *levels_data, *values_data, *weights_data;
-    QK_ARRAY(levels_data, levels, level_items, sizeof(double), 1);
-    QK_ARRAY(values_data, values, value_items, sizeof(double), 0);
-    QK_ARRAY_OR_NONE(weights_data, weights, value_items, sizeof(double), 0);
+    QK_ARRAY(levels_data, levels, level_items, QK_FLOAT64, 1);
+    QK_ARRAY(values_data, values, value_items, QK_FLOAT64, 0);
+    QK_ARRAY_OR_NONE(weights_data, weights, value_items, QK_FLOAT64, 0);
     qk_status status;
     QK_RUN(qk_fit_levels(levels_data, level_count, values_data, weights_data, rows, count));
 }
@@ -30,10 +30,10 @@ PyObject *qk_py_encode_levels(PyObject *module, PyObject *args)
         !qk_count(form.codebooks, form.levels, &level_items))
         return NULL;
     void *codes_data, *x_data, *scales_data, *codebook_data;
-    QK_ARRAY(codes_data, codes, items, 1, 1);
-    QK_ARRAY(x_data, x, items, sizeof(float), 0);
-    QK_ARRAY(scales_data, scales, scale_items, sizeof(float), 0);
-    QK_ARRAY(codebook_data, codebook, level_items, sizeof(float), 0);
+    QK_ARRAY(codes_data, codes, items, QK_UINT8, 1);
+    QK_ARRAY(x_data, x, items, QK_FLOAT32, 0);
+    QK_ARRAY(scales_data, scales, scale_items, QK_FLOAT32, 0);
+    QK_ARRAY(codebook_data, codebook, level_items, QK_FLOAT32, 0);
     form.scales = scales_data;
     form.codebook = codebook_data;
     qk_status status;

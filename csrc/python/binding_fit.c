@@ -18,12 +18,12 @@ PyObject *qk_py_fit_groups(PyObject *module, PyObject *args)
         return NULL;
     fit.find = (qk_fit_find)find;
     void *scale_data, *zero_data, *error_data, *x_data, *importance_data, *level_data;
-    QK_ARRAY(scale_data, scales, blocks, sizeof(float), 1);
-    QK_ARRAY_OR_NONE(zero_data, zeros, blocks, sizeof(float), 1);
-    QK_ARRAY_OR_NONE(error_data, errors, blocks, sizeof(float), 1);
-    QK_ARRAY(x_data, x, items, sizeof(float), 0);
-    QK_ARRAY(importance_data, importance, fit.cols, sizeof(float), 0);
-    QK_ARRAY_OR_NONE(level_data, levels, level_items, sizeof(float), 0);
+    QK_ARRAY(scale_data, scales, blocks, QK_FLOAT32, 1);
+    QK_ARRAY_OR_NONE(zero_data, zeros, blocks, QK_FLOAT32, 1);
+    QK_ARRAY_OR_NONE(error_data, errors, blocks, QK_FLOAT32, 1);
+    QK_ARRAY(x_data, x, items, QK_FLOAT32, 0);
+    QK_ARRAY(importance_data, importance, fit.cols, QK_FLOAT32, 0);
+    QK_ARRAY_OR_NONE(level_data, levels, level_items, QK_FLOAT32, 0);
     fit.x = x_data;
     fit.importance = importance_data;
     fit.levels = level_data;

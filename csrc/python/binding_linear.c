@@ -20,11 +20,11 @@ PyObject *qk_py_linear(PyObject *module, PyObject *args)
         !qk_count(linear.out_features, linear.in_features, &weight_items))
         return NULL;
     void *y_data, *x_data;
-    QK_ARRAY(y_data, y, y_items, qk_dtype_bytes(linear.y_dtype), 1);
-    QK_ARRAY(x_data, x, x_items, qk_dtype_bytes(linear.x_dtype), 0);
-    QK_ARRAY(linear.weights, weights, weight_items, 1, 0);
-    QK_ARRAY(linear.scales, scales, linear.out_features, qk_dtype_bytes(linear.scales_dtype), 0);
-    QK_ARRAY_OR_NONE(linear.bias, bias, linear.out_features, qk_dtype_bytes(linear.bias_dtype), 0);
+    QK_ARRAY(y_data, y, y_items, linear.y_dtype, 1);
+    QK_ARRAY(x_data, x, x_items, linear.x_dtype, 0);
+    QK_ARRAY(linear.weights, weights, weight_items, QK_INT8, 0);
+    QK_ARRAY(linear.scales, scales, linear.out_features, linear.scales_dtype, 0);
+    QK_ARRAY_OR_NONE(linear.bias, bias, linear.out_features, linear.bias_dtype, 0);
     qk_status status;
     QK_RUN(qk_linear_forward(y_data, x_data, &linear));
 }
@@ -48,10 +48,10 @@ PyObject *qk_py_linear_backward(PyObject *module, PyObject *args)
         !qk_count(linear.out_features, linear.in_features, &weight_items))
         return NULL;
     void *grad_x_data, *grad_y_data;
-    QK_ARRAY(grad_x_data, grad_x, x_items, qk_dtype_bytes(linear.x_dtype), 1);
-    QK_ARRAY(grad_y_data, grad_y, y_items, qk_dtype_bytes(linear.y_dtype), 0);
-    QK_ARRAY(linear.weights, weights, weight_items, 1, 0);
-    QK_ARRAY(linear.scales, scales, linear.out_features, qk_dtype_bytes(linear.scales_dtype), 0);
+    QK_ARRAY(grad_x_data, grad_x, x_items, linear.x_dtype, 1);
+    QK_ARRAY(grad_y_data, grad_y, y_items, linear.y_dtype, 0);
+    QK_ARRAY(linear.weights, weights, weight_items, QK_INT8, 0);
+    QK_ARRAY(linear.scales, scales, linear.out_features, linear.scales_dtype, 0);
     qk_status status;
     QK_RUN(qk_linear_backward(grad_x_data, grad_y_data, &linear));
 }

@@ -21,8 +21,8 @@ static PyObject *bind_packing(pack_call *call, int packs)
     if (!qk_count(p->rows, p->cols, &code_items) || !qk_count(rows, cols, &packed_items))
         return NULL;
     PyObject *packed = call->packed, *codes = call->codes;
-    QK_ARRAY(call->packed_data, packed, packed_items, p->container_bytes, packs);
-    QK_ARRAY(call->codes_data, codes, code_items, 1, !packs);
+    QK_ARRAY_OF(call->packed_data, packed, packed_items, p->container_bytes, QK_INTEGERS, packs);
+    QK_ARRAY(call->codes_data, codes, code_items, QK_UINT8, !packs);
     return Py_None;
 }
 
@@ -66,8 +66,8 @@ static PyObject *bind_ternary(PyObject *args, pack_call *call, int packs)
         return NULL;
     packed_items = rows * qk_blocks(cols, 5);
     PyObject *packed = packs ? first : second, *codes = packs ? second : first;
-    QK_ARRAY(call->packed_data, packed, packed_items, 1, packs);
-    QK_ARRAY(call->codes_data, codes, code_items, 1, !packs);
+    QK_ARRAY(call->packed_data, packed, packed_items, QK_UINT8, packs);
+    QK_ARRAY(call->codes_data, codes, code_items, QK_UINT8, !packs);
     call->packing.rows = rows;
     call->packing.cols = cols;
     return Py_None;

@@ -25,13 +25,11 @@ static PyObject *open_packed(qk_packed *packed, const qk_linear *linear, const p
         !qk_count(rows, groups, &items) || !qk_count(rows, zero_columns, &zero_items) ||
         !qk_count(packed->codebook_rows, (size_t)1 << packed->bits, &entries))
         return NULL;
-    QK_ARRAY(packed->codes, codes, code_bytes, 1, 0);
-    QK_ARRAY(packed->scales, scales, items, qk_dtype_bytes(packed->scales_dtype), 0);
-    QK_ARRAY_OR_NONE(packed->scale_steps, scale_steps, rows, qk_dtype_bytes(packed->steps_dtype),
-                     0);
-    QK_ARRAY_OR_NONE(packed->zeros, zeros, zero_items, qk_dtype_bytes(packed->zeros_dtype), 0);
-    QK_ARRAY_OR_NONE(packed->codebook, codebook, entries, qk_dtype_bytes(packed->codebook_dtype),
-                     0);
+    QK_ARRAY(packed->codes, codes, code_bytes, QK_UINT8, 0);
+    QK_ARRAY(packed->scales, scales, items, packed->scales_dtype, 0);
+    QK_ARRAY_OR_NONE(packed->scale_steps, scale_steps, rows, packed->steps_dtype, 0);
+    QK_ARRAY_OR_NONE(packed->zeros, zeros, zero_items, packed->zeros_dtype, 0);
+    QK_ARRAY_OR_NONE(packed->codebook, codebook, entries, packed->codebook_dtype, 0);
     return Py_None;
 }
 
@@ -64,9 +62,9 @@ PyObject *qk_py_linear_packed(PyObject *module, PyObject *args)
     if (!count_activations(&linear, &x_items, &y_items) || !open_packed(&packed, &linear, &given))
         return NULL;
     void *y_data, *x_data;
-    QK_ARRAY(y_data, y, y_items, qk_dtype_bytes(linear.y_dtype), 1);
-    QK_ARRAY(x_data, x, x_items, qk_dtype_bytes(linear.x_dtype), 0);
-    QK_ARRAY_OR_NONE(linear.bias, bias, linear.out_features, qk_dtype_bytes(linear.bias_dtype), 0);
+    QK_ARRAY(y_data, y, y_items, linear.y_dtype, 1);
+    QK_ARRAY(x_data, x, x_items, linear.x_dtype, 0);
+    QK_ARRAY_OR_NONE(linear.bias, bias, linear.out_features, linear.bias_dtype, 0);
     qk_status status;
     QK_RUN(qk_linear_forward(y_data, x_data, &linear));
 }
@@ -92,8 +90,8 @@ PyObject *qk_py_linear_packed_backward(PyObject *module, PyObject *args)
     if (!count_activations(&linear, &x_items, &y_items) || !open_packed(&packed, &linear, &given))
         return NULL;
     void *grad_x_data, *grad_y_data;
-    QK_ARRAY(grad_x_data, grad_x, x_items, qk_dtype_bytes(linear.x_dtype), 1);
-    QK_ARRAY(grad_y_data, grad_y, y_items, qk_dtype_bytes(linear.y_dtype), 0);
+    QK_ARRAY(grad_x_data, grad_x, x_items, linear.x_dtype, 1);
+    QK_ARRAY(grad_y_data, grad_y, y_items, linear.y_dtype, 0);
     qk_status status;
     QK_RUN(qk_linear_backward(grad_x_data, grad_y_data, &linear));
 }

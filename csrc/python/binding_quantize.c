@@ -48,15 +48,18 @@ static int parse_grid_and_spec(PyObject *args, quantize_call *call, PyObject **o
 /* Check the arrays that `call` names (codes may be absent: NULL). */
 static PyObject *bind_arrays(quantize_call *call, int writes_codes, int writes_scale)
 {
-    size_t items, blocks, compute = call->spec.source == QK_FLOAT64 ? 8 : 4;
+    size_t items, blocks;
+    qk_dtype compute = call->spec.source == QK_FLOAT64 ? QK_FLOAT64 : QK_FLOAT32;
     if (!grid_counts(&call->grid, &items, &blocks))
         return NULL;
     PyObject *codes = call->codes, *scale = call->scale, *zero = call->zero, *source = call->source;
-    QK_ARRAY(call->source_data, source, items, qk_dtype_bytes(call->spec.source), 0);
+    QK_ARRAY(call->source_data, source, items, call->spec.source, 0);
     QK_ARRAY(call->scale_data, scale, blocks, compute, writes_scale);
-    QK_ARRAY_OR_NONE(call->zero_data, zero, blocks, sizeof(int32_t), writes_scale);
+    call->zero_data = NULL;
+    if (zero != Py_None)
+        QK_ARRAY_OF(call->zero_data, zero, blocks, sizeof(int32_t), "i", writes_scale);
     if (codes)
-        QK_ARRAY(call->codes_data, codes, items, qk_dtype_bytes(call->spec.code), writes_codes);
+        QK_ARRAY(call->codes_data, codes, items, call->spec.code, writes_codes);
     return Py_None;
 }
 
@@ -112,10 +115,12 @@ PyObject *qk_py_decode(PyObject *module, PyObject *args)
     if (!grid_counts(&grid, &items, &blocks))
         return NULL;
     void *out_data, *codes_data, *scale_data, *zero_data;
-    QK_ARRAY(out_data, out, items, qk_dtype_bytes((qk_dtype)out_dtype), 1);
-    QK_ARRAY(codes_data, codes, items, qk_dtype_bytes((qk_dtype)code_dtype), 0);
-    QK_ARRAY(scale_data, scale, blocks, out_dtype == QK_FLOAT64 ? 8u : 4u, 0);
-    QK_ARRAY_OR_NONE(zero_data, zero, blocks, sizeof(int32_t), 0);
+    QK_ARRAY(out_data, out, items, (qk_dtype)out_dtype, 1);
+    QK_ARRAY(codes_data, codes, items, (qk_dtype)code_dtype, 0);
+    QK_ARRAY(scale_data, scale, blocks, out_dtype == QK_FLOAT64 ? QK_FLOAT64 : QK_FLOAT32, 0);
+    zero_data = NULL;
+    if (zero != Py_None)
+        QK_ARRAY_OF(zero_data, zero, blocks, sizeof(int32_t), "i", 0);
     qk_status status;
     QK_RUN(qk_decode(out_data, (qk_dtype)out_dtype, codes_data, (qk_dtype)code_dtype, scale_data,
                      zero_data, &grid));

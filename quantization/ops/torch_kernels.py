@@ -107,6 +107,15 @@ packed: Callable[..., torch.Tensor] = torch.ops.quantization.packed.default
 packed_backward: Callable[..., torch.Tensor] = torch.ops.quantization.packed_backward.default
 
 
+def raise_heard(error: RuntimeError) -> None:
+    """Raise what a signal's handler raised in the middle of an operator, if that is its error.
+
+    A KeyboardInterrupt, say: an operator of torch can report errors of C++ alone.
+    """
+    if "interrupted by a signal" in str(error):
+        _kernels.raise_heard()
+
+
 def _without_numbers(call: Call) -> torch.Tensor:
     """What the operator gives, of fake and meta tensors: a shape and a dtype."""
     check_call(call)

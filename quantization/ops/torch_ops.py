@@ -33,15 +33,19 @@ def _run(
     *tensors: Any,
 ) -> torch.Tensor:
     """The linear map, ``x W^T + bias``, by the operator alone."""
-    if group:
-        tensors, present = with_stand_ins(*tensors)
+    try:
+        if group:
+            tensors, present = with_stand_ins(*tensors)
+            if bias is None:
+                return kernels.packed(x, *tensors, tensors[1], bits, group, present, dtype)
+            present |= HAS_BIAS
+            return kernels.packed(x, *tensors, bias, bits, group, present, dtype)
         if bias is None:
-            return kernels.packed(x, *tensors, tensors[1], bits, group, present, dtype)
-        present |= HAS_BIAS
-        return kernels.packed(x, *tensors, bias, bits, group, present, dtype)
-    if bias is None:
-        return kernels.linear(x, *tensors, dtype)
-    return kernels.linear_bias(x, *tensors, bias, dtype)
+            return kernels.linear(x, *tensors, dtype)
+        return kernels.linear_bias(x, *tensors, bias, dtype)
+    except RuntimeError as error:
+        kernels.raise_heard(error)
+        raise
 
 
 def _run_backward(
@@ -53,10 +57,14 @@ def _run_backward(
     *tensors: Any,
 ) -> torch.Tensor:
     """The gradient to x, ``grad W``, by the operator alone."""
-    if group:
-        tensors, present = with_stand_ins(*tensors)
-        return kernels.packed_backward(grad, *tensors, in_features, bits, group, present, dtype)
-    return kernels.linear_backward(grad, *tensors, dtype)
+    try:
+        if group:
+            tensors, present = with_stand_ins(*tensors)
+            return kernels.packed_backward(grad, *tensors, in_features, bits, group, present, dtype)
+        return kernels.linear_backward(grad, *tensors, dtype)
+    except RuntimeError as error:
+        kernels.raise_heard(error)
+        raise
 
 
 class _Linear(Function):
