@@ -14,7 +14,7 @@ from quantization.checkpoint.disk.stored_tensor import key_of
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel, saved_tensors, unwrapped
 from quantization.layers.float_layers import is_conv1d, why_embedding_left, why_left
 from quantization.layers.quantized_module import QuantizedModule
-from quantization.ops.dtypes import name_of
+from quantization.ops.dtypes import SOURCES, name_of
 from quantization.swap.conversion import convert
 from quantization.swap.engine import Store, assign, stores_of, tensors_of
 from quantization.swap.walker import Site, walk
@@ -81,8 +81,13 @@ def _layers(stored: StoredModel, sites: list[Site]) -> dict[int, nn.Module]:
     for name, layer in stored.layers.items():
         old = modules[name]
         if id(old) not in made:
-            bias = stored.tensors.get(key_of(name, "bias"))
+            bias = stored.tensors.get(key := key_of(name, "bias"))
             _check_layer(name, layer, old, bias is not None)
+            if bias is not None and bias.dtype not in SOURCES:
+                raise RestoreError(
+                    f"{key} is stored as {bias.dtype}; a bias is one of {', '.join(SOURCES)}: "
+                    "convert it in the files first"
+                )
             make = partial(_module, stored=layer, bias=None if bias is None else bias.load())
             made[id(old)] = convert(old, name, make)
     return made

@@ -137,7 +137,7 @@ per row, 768 bytes)
             bias: floats ``[out_features]``, or None.
 
         Raises:
-            TypeError: if ``packed`` is none, or holds ndarrays.
+            TypeError: if ``packed`` is none, or holds ndarrays; or for a bias of other numbers.
             ValueError: where there is none: a row has several scales, or a code stands for no whole
                 number of -128..127; or if the bias has another shape.
 

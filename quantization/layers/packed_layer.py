@@ -120,7 +120,7 @@ weights=w4g64a, 1,312 bytes)
             bias: floats ``[out_features]``, or None.
 
         Raises:
-            TypeError: if ``packed`` is none, or holds ndarrays.
+            TypeError: if ``packed`` is none, or holds ndarrays; or for a bias of other numbers.
             ValueError: if the bias has another shape, or an order lacks a column.
 
         Example:

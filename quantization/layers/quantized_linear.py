@@ -164,7 +164,11 @@ class QuantizedLinear(QuantizedModule, nn.Linear):
 
 
 def check_bias(bias: torch.Tensor | None, out_features: int) -> None:
-    """Raise ValueError unless a bias is None or has one number a row.
+    """Raise unless a bias is None, or has one number a row that the kernels add.
+
+    Raises:
+        TypeError: for another dtype than float32, float64, float16 and bfloat16.
+        ValueError: for another shape.
 
     Example:
         >>> check_bias(torch.ones(3), 4)
@@ -174,6 +178,8 @@ def check_bias(bias: torch.Tensor | None, out_features: int) -> None:
     """
     if bias is not None and tuple(bias.shape) != (out_features,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; expected ({out_features},)")
+    if bias is not None:
+        source_of(bias.dtype, "bias")
 
 
 def bias_beside(codes: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:

@@ -10,12 +10,16 @@ torch = pytest.importorskip("torch")
 from torch import nn
 
 from quantization import (
+    PackedLinearLayer,
+    QWQALinearLayer,
     load_quantized,
+    pack_matrix,
     save_quantized,
 )
 from quantization.checkpoint import read_checkpoint, write_checkpoint
+from quantization.checkpoint.disk.stored_tensor import StoredTensor
 from quantization.checkpoint.restore import RestoreError, restore_model
-from quantization.checkpoint.stored_model import stored_model
+from quantization.checkpoint.stored_model import StoredLayer, StoredModel, stored_model
 from tests.checkpoint_models import (
     files_of,
     net,
@@ -103,3 +107,24 @@ def test_reading_and_writing_keeps_config_and_assets(tmp_path: Path) -> None:
     assert b == c and b"tokenizer.json" in b.pop("quantization.json")
     assert b"tokenizer.json" not in a.pop("quantization.json")  # it came later
     assert a == b
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32])
+def test_a_bias_that_no_kernel_adds_is_refused_when_it_comes(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    bias, packed = torch.ones(8).to(dtype), pack_matrix(torch.randn(8, 32), "w4")
+    for make, weight in ((PackedLinearLayer, "w4"), (QWQALinearLayer, "int8")):
+        with pytest.raises(TypeError, match=r"bias has dtype .*; allowed are float32"):
+            make.from_packed(pack_matrix(torch.randn(8, 32), weight), bias)
+    stored = StoredModel({"0": StoredLayer.of(packed)}, {"0.bias": StoredTensor.of(bias)})
+    write_checkpoint(stored, tmp_path / "a")
+    for model in (nn.Sequential(nn.Linear(32, 8)), nn.Sequential(PackedLinearLayer(32, 8))):
+        before = model[0]
+        with pytest.raises(RestoreError, match=r"0\.bias is stored as .*; a bias is one of"):
+            load_quantized(tmp_path / "a", model)
+        assert model[0] is before
+        state = {"0.bias": bias}
+        if isinstance(before, PackedLinearLayer):
+            with pytest.raises(RuntimeError, match=r"0\.bias has dtype"):
+                model.load_state_dict(state, strict=False, assign=True)

@@ -141,12 +141,38 @@ def _plain_model(header: Header, dtype: str | None, fallback: Scheme) -> StoredM
         told = json.loads(header.facts.get(PLAIN_KEY, "{}"))
         kinds, ties = dict(told.get("layers", {})), dict(told.get("ties", {}))
         for name, each in kinds.items():
-            if each["kind"] not in KINDS or each["dtype"] not in SOURCES:
+            is_known = each["kind"] in KINDS and each["dtype"] in SOURCES
+            if not is_known or not _are_more(each.get("more", {})):
                 raise ValueError(f"{name} is {each}")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise FormatError(f"the metadata {PLAIN_KEY} is damaged: {error}") from None
     places = [_Place(tensor, tensor.name, None) for tensor in header.tensors]
-    return StoredModel(*_contents(places, kinds, dtype, fallback), ties)
+    layers, tensors = _contents(places, kinds, dtype, fallback)
+    for key, first in ties.items():
+        if _form_in(layers, tensors, key) != _form_in(layers, tensors, first):
+            raise FormatError(
+                f"the metadata {PLAIN_KEY} is damaged: it ties {key!r:.80} to {first!r:.80}, which "
+                "is no tensor of that form in the file"
+            )
+    return StoredModel(layers, tensors, ties)
+
+
+def _are_more(more: Any) -> bool:
+    """Whether it is what a layer may have besides its weight."""
+    known = {"padding_idx": (int, type(None)), "was_conv1d": (bool,)}
+    return isinstance(more, dict) and all(type(more[n]) in known.get(n, ()) for n in more)
+
+
+def _form_in(
+    layers: Mapping[str, StoredLayer], tensors: Mapping[str, StoredTensor], key: Any
+) -> Any:
+    """What tied tensors have in common: shape and dtype, or scheme and part; else like no other."""
+    if not isinstance(key, str):
+        return object()
+    if key in tensors:
+        return tensors[key].shape, tensors[key].dtype
+    name, _, part = key.rpartition(".")
+    return (layers[name].shape, layers[name].scheme, part) if name in layers else object()
 
 
 def _tie_head(layers: dict[str, StoredLayer], tensors: dict[str, StoredTensor]) -> dict[str, str]:

@@ -145,9 +145,26 @@ def test_bytes_that_are_changed_anywhere(
 
 @pytest.mark.parametrize(
     "told",
-    ["{", "[]", '{"layers": 3}', '{"layers": {"a": {"kind": "tree", "dtype": "float32"}}}', '"x"'],
+    [
+        *("{", "[]", '{"layers": 3}', '"x"', '{"ties": "x"}', '{"ties": {"a": "nowhere"}}'),
+        *('{"ties": {"nowhere": "a"}}', '{"ties": {"a": "b"}}', '{"ties": {"a": ["a"]}}'),
+        *('{"ties": {"b": "nowhere", "a": "nowhere"}}', '{"ties": {"a.packed": "a.packed"}}'),
+        '{"layers": {"a": {"kind": "tree", "dtype": "float32"}}}',
+        *(
+            f'{{"layers": {{"a": {{"kind": "linear", "dtype": "float32", "more": {more}}}}}}}'
+            for more in (
+                '"x"',
+                "[]",
+                '{"x": 1}',
+                '{"padding_idx": "1"}',
+                '{"padding_idx": true}',
+                '{"was_conv1d": 1}',
+            )
+        ),
+    ],
 )
 def test_what_a_plain_file_tells_of_its_layers(told: str, tmp_path: Path) -> None:
-    content = made([tensor("a", (4,))], [value("quantization.model", 8, text(told))])
+    two = [tensor("a", (4,)), tensor("b", (8,), offset=32)]
+    content = made(two, [value("quantization.model", 8, text(told))])
     with pytest.raises(FormatError, match=r"metadata quantization\.model is damaged"):
         read(content, tmp_path)
