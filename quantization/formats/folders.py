@@ -43,7 +43,7 @@ OLD_SETTINGS = "compression_config"  # of older versions of compressed-tensors
 #: stood for the masked; and what others save of a cache.
 _MASKS = re.compile(r"(^|\.)(attn|attention|self_attn)\.bias$")
 _OLD_BUFFERS = re.compile(
-    r"(^|\.)(rotary_(pos_)?emb\.inv_freq|(attn|attention|self_attn)\.masked_bias"
+    r"(^|\.)(rotary_(pos_)?emb(eddings)?\.inv_freq|(attn|attention|self_attn)\.masked_bias"
     r"|(kv?|[qv]|prob)_(scale|zero_point|zp))$"
 )
 _SHOWN = 4

@@ -15,6 +15,7 @@ from quantization.integrations.transformers_ties import share_tensors
 from quantization.layers.packed_module import PackedModule
 from quantization.layers.quantized_module import QuantizedModule, check_incoming, placeholder
 from quantization.models.quantizer import form_of, quantize_model
+from quantization.schemes.column_order import check_order
 from quantization.swap.experts import bare_experts, unfuse_experts
 from quantization.swap.walker import walk
 
@@ -114,7 +115,8 @@ class StoredWeights:
         """See that everything came, and share what is shared.
 
         Raises:
-            ValueError: if tensors of quantized layers are not in the checkpoint.
+            ValueError: if tensors of quantized layers are not in the checkpoint, or an order of
+                columns lacks one.
         """
         if self._unseen:
             keys = list(self._unseen)
@@ -123,6 +125,9 @@ class StoredWeights:
                 f"{len(keys)} tensors of quantized layers are not in the checkpoint: "
                 f"{', '.join(keys[:_SHOWN])}{more}"
             )
+        for key, (layer, part) in self._tensors.items():
+            if part == "input_order":
+                check_order(layer.input_order, key)
         for key in self._ties:
             name, _, part = key.rpartition(".")
             model.get_submodule(name)._non_persistent_buffers_set.discard(part)

@@ -112,6 +112,15 @@ def test_an_uneven_mlp_is_shared_by_whole_groups() -> None:
     assert plan["layers.0.mlp.up"] == plan["layers.0.mlp.down"] == JOIN
 
 
+def test_layers_whose_groups_are_scattered_are_joined_and_not_summed() -> None:
+    recipe = {nn.Embedding: "w8", "re:down": "w4g32+order", "*": "w4g32"}
+    plan = planned(recipe, 2)
+    assert plan["layers.0.mlp.up"] == plan["layers.0.mlp.down"] == JOIN
+    assert plan["layers.0.attn.o_proj"] == ROW
+    plan = planned({nn.Embedding: "w8", "re:down": "w4g32", "*": "w4g32+order"}, 2)
+    assert plan["layers.0.mlp.up"] == COL and plan["layers.0.attn.o_proj"] == JOIN
+
+
 def test_layers_left_in_float() -> None:
     plan = planned({"q_proj": None, "up": None, "head": None, "*": "w4g32"}, 2)
     assert plan["layers.0.attn.q_proj"] == plan["layers.0.mlp.up"] == COL

@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers", minversion="5.22")
 pytest.importorskip("accelerate")
 
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModel
 
@@ -274,3 +274,28 @@ def test_layers_changed_after_loading_are_saved_as_they_are(
     again = load("llama", tmp_path)
     assert_same(again, model)
     assert type(again.model.layers[0].mlp.down_proj) is nn.Linear
+
+
+def test_columns_in_an_order_of_their_own_travel(tmp_path: Path) -> None:
+    model = tiny_models.random_model("llama")
+    quantize_model(model, "w4g16+order", exclude=["lm_head"])
+    for layer in quantized(model).values():
+        layer.input_order.copy_(torch.randperm(layer.in_features))
+    model.save_pretrained(tmp_path / "a")
+    save_quantized(model, tmp_path / "b")
+    again = [load("llama", tmp_path / "a"), load("llama", tmp_path / "b")]
+    for other in (*again, load_quantized(tmp_path / "b")):
+        assert torch.equal(logits("llama", other), logits("llama", model))
+    torch.testing.assert_close(
+        logits("llama", dequantize_model(again[0]).model),
+        logits("llama", model),
+        rtol=1e-3,
+        atol=1e-3,
+    )
+    file = tmp_path / "a/model.safetensors"
+    state = load_file(file)
+    state["model.layers.0.mlp.up_proj.input_order"][0] = 1
+    state["model.layers.0.mlp.up_proj.input_order"][1] = 1
+    save_file(state, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"up_proj\.input_order must have each of the columns"):
+        load("llama", tmp_path / "a")
