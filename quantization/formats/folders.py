@@ -46,6 +46,8 @@ _OLD_BUFFERS = re.compile(
     r"(^|\.)(rotary_(pos_)?emb(eddings)?\.inv_freq|(attn|attention|self_attn)\.masked_bias"
     r"|(kv?|[qv]|prob)_(scale|zero_point|zp))$"
 )
+#: Files in which quantizers repeat their settings, which no longer hold for what is made of them.
+_SIDECARS = ("quantize_config.json", "quant_config.json", "quantization_config.json")
 _SHOWN = 4
 _log = logging.getLogger("quantization")
 _DECISIVE = ("bits", "group_size", "format", "zero_point")
@@ -228,7 +230,7 @@ def open_folder(
     if settings["quant_method"] not in methods:
         given = settings["quant_method"]
         raise FormatError(f"{path} was quantized by {given!r:.60}, not by {methods[0]!r}")
-    assets = tuple(asset for asset in assets_of(files) if asset.name != sidecar)
+    assets = tuple(asset for asset in assets_of(files) if asset.name not in _SIDECARS)
     inner, _ = inner_files(path)
     return Folder(path, files.tensors(), config or None, settings, assets, inner)
 

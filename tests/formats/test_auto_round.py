@@ -96,6 +96,16 @@ def test_gptq_packings(
     assert str(stored.layers["a"].scheme) == f"w{bits}g32" + ("" if sym else "a")
 
 
+def test_settings_that_are_repeated_in_a_file_stay_behind(
+    tmp_path: Path, rng: np.random.Generator
+) -> None:
+    tensors, _ = layer_of(rng, 4, "less one")
+    folder = write_folder(tmp_path, {"a": tensors}, settings(4), config={})
+    for name in ("quantization_config.json", "quantize_config.json", "tokenizer.json"):
+        (folder / name).write_text("{}")
+    assert [asset.name for asset in read_gptq(folder).assets] == ["tokenizer.json"]
+
+
 @pytest.mark.parametrize("bits", [4, 5, 6, 7])
 def test_awq_packings(bits: int, tmp_path: Path, rng: np.random.Generator) -> None:
     tensors, weight = layer_of(rng, bits, "awq")
