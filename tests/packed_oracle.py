@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 #: Parts of a packed matrix that are tensors.
-PARTS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook")
+PARTS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook", "input_scale")
 
 
 def array_of(tensor: Any) -> np.ndarray:
@@ -78,13 +78,25 @@ def _scales(parts: dict[str, Any]) -> np.ndarray:
 
 
 def numbers(packed: Any) -> np.ndarray:
-    """`(level - zero) * scale` in float64."""
+    """`(level - zero) * scale`, times the column's multiplier, in float64, column by column."""
     parts = read(packed)
-    return (parts.level - parts.zero) * parts.scale
+    return _columns(packed, (parts.level - parts.zero) * parts.scale)
 
 
 def tolerance(packed: Any) -> np.ndarray:
     """How far the same in float32 may lie: two roundings, one of the scale, one of a subnormal."""
     parts = read(packed)
     size = (np.abs(parts.level) + np.abs(parts.zero)) * np.abs(parts.scale)
-    return 4 * 2.0**-24 * size + 2.0**-149
+    return np.abs(_columns(packed, 5 * 2.0**-24 * size + 2.0**-149))
+
+
+def _columns(packed: Any, stored: np.ndarray) -> np.ndarray:
+    """Numbers of stored columns, multiplied, each where its column is."""
+    if packed.input_scale is not None:
+        stored = stored * array_of(packed.input_scale)
+    if packed.input_order is None:
+        return stored
+    found = np.full_like(stored, np.nan)
+    for k, column in enumerate(packed.input_order):
+        found[:, int(column)] = stored[:, k]
+    return found

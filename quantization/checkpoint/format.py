@@ -5,8 +5,8 @@ Version 1. A folder holds safetensors files, of the names that transformers give
 
     format            "quantization-checkpoint"
     format_version    1
-    required_features names of what a reader must know to read this one right: "input_order"
-                      where a layer has one
+    required_features names of what a reader must know to read this one right: "input_order",
+                      "input_scale" where a layer has one
     written_by        name and version of the writer
     how_to_read       the layout and the formula, in words
     files             {file: {"bytes": size, "header_sha256": of its header with the length}}
@@ -37,7 +37,7 @@ import torch
 
 from quantization.checkpoint.disk.json_files import CheckpointError, parse_json
 from quantization.checkpoint.stored_model import KINDS, StoredLayer
-from quantization.schemes.column_order import check_order
+from quantization.schemes.column_order import COLUMN_PARTS, check_columns
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
 from quantization.version import VERSION as VERSION_OF_PACKAGE
@@ -59,8 +59,7 @@ FILE = "quantization.json"
 CONFIG = "config.json"  # of transformers
 VERSION = 1
 _FORMAT = "quantization-checkpoint"
-_ORDER = "input_order"  # layers whose columns are stored in an order of their own
-_FEATURES = frozenset({_ORDER})
+_FEATURES = frozenset(COLUMN_PARTS)
 _CONV1D = "nf"  # field of a layer: outputs of the Conv1D of transformers that it came from
 _LAYER = {"kind", "name", "shape", "dtype", "scheme", "group", _CONV1D, "padding_idx"}  # its fields
 _SEAL = "sha256"
@@ -83,6 +82,7 @@ HOW_TO_READ = (
     "zero_point: zero_points[n, g] if they are floats; if they are int8, (zero_points[n, g] + 128) "
     "* 2 ** (bits - 8); if they are uint8, codes packed as the weights are, one a group; 0 if "
     "there are none.",
+    "where there is an input_scale, the weight is multiplied by input_scale[k] once more.",
     "where there is an input_order, what is stored for k belongs to column input_order[k].",
 )
 
@@ -146,11 +146,13 @@ class Document:
 
     def to_json(self) -> str:
         """The text of the file."""
-        has_order = any(layer.scheme.input_order for layer in self.layers.values())
+        schemes = {layer.scheme for layer in self.layers.values()}
         plain = {
             "format": _FORMAT,
             "format_version": VERSION,
-            "required_features": [_ORDER] if has_order else [],
+            "required_features": [
+                name for name in COLUMN_PARTS if any(getattr(scheme, name) for scheme in schemes)
+            ],
             "written_by": f"quantization {VERSION_OF_PACKAGE}",
             "how_to_read": HOW_TO_READ,
             "files": {
@@ -367,6 +369,5 @@ def packed_of(layer: StoredLayer, tensors: Mapping[str, Any]) -> PackedWeights:
     if layer.kind == "int8_linear":
         codes = tensors["int8_weights"].view(torch.uint8)
         tensors = {"packed_weights": codes, "scales": tensors["scales"].unsqueeze(1)}
-    if _ORDER in tensors:
-        check_order(tensors[_ORDER])
+    check_columns(tensors)
     return PackedWeights(layer.scheme, layer.shape, **tensors, dtype=layer.dtype)

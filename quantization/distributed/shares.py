@@ -139,17 +139,18 @@ def share_bounds(layer: Any, dim: int, count: int, unit: int = 1) -> list[tuple[
 def group_of(layer: Any) -> int:
     """Input features of a layer that share a scale, 1 where a share can begin anywhere.
 
-    All of them where groups are scattered over the columns (``input_order``).
+    All of them where columns have an order of their own (``input_order``).
 
     Example:
         >>> group_of(PackedLinearLayer(128, 4, scheme="w4g64")), group_of(QWQALinearLayer(128, 4))
         (64, 1)
     """
-    if isinstance(layer, PackedLinearLayer) and layer.scheme.groups(layer.in_features) > 1:
-        if layer.scheme.input_order:
-            return layer.in_features
-        return layer.scheme.group(layer.in_features)
-    return 1
+    if not isinstance(layer, PackedLinearLayer):
+        return 1
+    if layer.scheme.input_order:
+        return layer.in_features
+    groups = layer.scheme.groups(layer.in_features)
+    return layer.scheme.group(layer.in_features) if groups > 1 else 1
 
 
 def why_whole(layer: Any) -> str | None:
@@ -249,6 +250,8 @@ def _columns(packed: PackedWeights, start: int, end: int) -> dict[str, torch.Ten
     parts = {name: getattr(packed, name) for name in PARTS}
     layout = "base3" if scheme.grid == "ternary" else "dense"
     parts["packed_weights"] = _cut_codes(packed.packed_weights, scheme, layout, start, end, cols)
+    if packed.input_scale is not None:
+        parts["input_scale"] = _cut(packed.input_scale, 0, start, end)
     groups = scheme.groups(cols)
     if groups == 1:
         return parts

@@ -21,19 +21,22 @@ from quantization.schemes.stored_scales import restore, restore_zeros
 
 __all__ = [
     "IN_ORDER",
-    "SCATTERED",
     "Integers",
     "Order",
     "integers_of",
     "order_of",
     "packed_of",
     "why_not",
+    "why_not_columns",
     "width_of",
 ]
 
 
-#: Why formats whose groups are neighbours cannot hold a scheme with an ``input_order``.
-SCATTERED = "its groups are scattered over the columns (act-order), and here a group is neighbours"
+_SCATTERED = "its groups are scattered over the columns (act-order), and here a group is neighbours"
+_MULTIPLIED = (
+    "its columns have multipliers for the layer's inputs (+cols), and here there is no place for "
+    "them; quantize without +cols"
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +68,8 @@ def why_not(scheme: Scheme) -> str | None:
         >>> why_not(Scheme.nf4())
         "codes of the grid 'nf4' are places in a table of levels, not whole numbers"
     """
-    if scheme.input_order:
-        return SCATTERED
+    if why_not_columns(scheme):
+        return why_not_columns(scheme)
     if scheme.grid not in ("integer", "binary", "ternary"):
         return (
             f"codes of the grid {scheme.grid!r} are places in a table of levels, not whole numbers"
@@ -74,6 +77,18 @@ def why_not(scheme: Scheme) -> str | None:
     if scheme.mode is Mode.Asymmetric and not scheme.has_integer_zeros:
         return "its zero points are floats, not whole numbers"
     return None
+
+
+def why_not_columns(scheme: Scheme) -> str | None:
+    """Why a format without an order of columns and multipliers cannot hold a scheme; else None.
+
+    Example:
+        >>> why_not_columns(Scheme.parse("w4g64a+order"))
+        'its groups are scattered over the columns (act-order), and here a group is neighbours'
+    """
+    if scheme.input_order:
+        return _SCATTERED
+    return _MULTIPLIED if scheme.input_scale else None
 
 
 def width_of(scheme: Scheme, widths: Iterable[int]) -> int:

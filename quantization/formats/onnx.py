@@ -26,7 +26,7 @@ from quantization.checkpoint.disk.files import new_file, new_folder
 from quantization.checkpoint.disk.stored_tensor import key_of
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel, stored_model
 from quantization.formats.errors import FormatError
-from quantization.formats.integers import Integers, integers_of, why_not, width_of
+from quantization.formats.integers import Integers, integers_of, why_not, why_not_columns, width_of
 from quantization.layers.quantized_linear import QuantizedLinear
 from quantization.numerics.parameters import Mode
 from quantization.numerics.weight_packing import pack_weights
@@ -123,7 +123,7 @@ def matmul_nbits(packed: PackedWeights) -> MatMulNBits:
 
 def _why_not(scheme: Scheme, cols: int) -> str | None:
     has_float_zeros = scheme.mode is Mode.Asymmetric and not scheme.has_integer_zeros
-    reason = None if has_float_zeros and not scheme.input_order else why_not(scheme)
+    reason = why_not_columns(scheme) if has_float_zeros else why_not(scheme)
     if has_float_zeros and width_of(scheme, WIDTHS) == 8:
         return (
             f"its codes of {scheme.bits} bits become codes of 8, with which ONNX Runtime takes no "

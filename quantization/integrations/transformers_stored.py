@@ -15,7 +15,7 @@ from quantization.integrations.transformers_ties import share_tensors
 from quantization.layers.packed_module import PackedModule
 from quantization.layers.quantized_module import QuantizedModule, check_incoming, placeholder
 from quantization.models.quantizer import form_of, quantize_model
-from quantization.schemes.column_order import check_order
+from quantization.schemes.column_order import COLUMN_PARTS, check_columns
 from quantization.swap.experts import bare_experts, unfuse_experts
 from quantization.swap.walker import walk
 
@@ -115,8 +115,8 @@ class StoredWeights:
         """See that everything came, and share what is shared.
 
         Raises:
-            ValueError: if tensors of quantized layers are not in the checkpoint, or an order of
-                columns lacks one.
+            ValueError: if tensors of quantized layers are not in the checkpoint, an order of
+                columns lacks one, or a multiplier is not finite.
         """
         if self._unseen:
             keys = list(self._unseen)
@@ -126,8 +126,8 @@ class StoredWeights:
                 f"{', '.join(keys[:_SHOWN])}{more}"
             )
         for key, (layer, part) in self._tensors.items():
-            if part == "input_order":
-                check_order(layer.input_order, key)
+            if part in COLUMN_PARTS:
+                check_columns({key: getattr(layer, part)}, key.removesuffix(part))
         for key in self._ties:
             name, _, part = key.rpartition(".")
             model.get_submodule(name)._non_persistent_buffers_set.discard(part)

@@ -13,7 +13,7 @@ from quantization.layers.quantized_module import check_packed, check_sizes
 from quantization.ops import packed_rows
 from quantization.ops.dtypes import index_of, name_of, source_of
 from quantization.schemes.conversion import repack
-from quantization.schemes.packed_weights import PARTS, PackedWeights
+from quantization.schemes.packed_weights import OPERANDS, PackedWeights
 from quantization.schemes.scheme import Scheme, scheme_of
 
 __all__ = ["PackedEmbedding"]
@@ -67,10 +67,10 @@ class PackedEmbedding(PackedModule, nn.Embedding):
                 f"max_norm is {max_norm}: rows that calls would shrink cannot be kept packed; "
                 "renormalize the table once, then quantize it"
             )
-        if scheme_of(scheme).input_order:
+        if scheme_of(scheme).input_order or scheme_of(scheme).input_scale:
             raise ValueError(
-                f"scheme {scheme} has its columns in an order by which a linear layer gathers its "
-                "input; take it without +order for an embedding"
+                f"scheme {scheme} gives columns an order or multipliers, which a linear layer "
+                "applies to its input; take it without +order, +cols for an embedding"
             )
         nn.Module.__init__(self)
         self.num_embeddings = num_embeddings
@@ -145,7 +145,7 @@ class PackedEmbedding(PackedModule, nn.Embedding):
             IndexError: for a number that is no row of the table.
         """
         rows, buffers = input.reshape(-1), self._buffers
-        parts: list[Any] = [buffers[name] for name in PARTS[:-1]]  # columns have no order here
+        parts: list[Any] = [buffers[name] for name in OPERANDS]
         for i, tensor in enumerate(parts):
             if tensor is not None and tensor.shape[0] == self.num_embeddings:
                 parts[i] = tensor.index_select(0, rows)  # all but one codebook for all rows

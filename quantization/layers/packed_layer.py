@@ -15,7 +15,7 @@ from quantization.layers.packed_module import DEFAULT_SCHEME, PackedModule
 from quantization.layers.quantized_linear import QuantizedLinear, check_bias
 from quantization.layers.quantized_module import check_packed
 from quantization.ops import torch_ops
-from quantization.schemes.column_order import check_order
+from quantization.schemes.column_order import COLUMN_PARTS, check_columns
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
 
@@ -27,10 +27,10 @@ class PackedLinearLayer(PackedModule, QuantizedLinear, form="packed"):
 
     A subclass of nn.Linear, so that libraries see one, but with buffers only and no Parameters:
     ``packed_weights``, ``scales``, and, where the scheme has them, ``scale_steps``,
-    ``zero_points``, ``codebook`` and ``input_order``, by which inputs are gathered
-    (:mod:`quantization.schemes.packed_weights` says what each holds); ``bias``
-    (``[out_features]``, or None). Nothing else is resident. Gradients flow to the input. Assigning
-    an nn.Parameter to ``bias`` makes the bias trainable.
+    ``zero_points``, ``codebook``, ``input_order``, by which inputs are gathered, and
+    ``input_scale``, by which they are multiplied (:mod:`quantization.schemes.packed_weights` says
+    what each holds); ``bias`` (``[out_features]``, or None). Nothing else is resident. Gradients
+    flow to the input. Assigning an nn.Parameter to ``bias`` makes the bias trainable.
 
     A fresh layer is initialised as nn.Linear is, with the same random numbers, and quantized; on
     the meta device it has shapes only. ``.to(dtype)`` casts floats, never codes; scales whose type
@@ -121,7 +121,8 @@ weights=w4g64a, 1,312 bytes)
 
         Raises:
             TypeError: if ``packed`` is none, or holds ndarrays; or for a bias of other numbers.
-            ValueError: if the bias has another shape, or an order lacks a column.
+            ValueError: if the bias has another shape, an order lacks a column, or a multiplier is
+                not finite.
 
         Example:
             >>> from quantization import pack_matrix
@@ -129,8 +130,7 @@ weights=w4g64a, 1,312 bytes)
             tensor([1., 0.])
         """
         check_packed(packed)
-        if packed.input_order is not None:
-            check_order(packed.input_order)
+        check_columns({name: getattr(packed, name) for name in COLUMN_PARTS})
         check_bias(bias, packed.shape[0])
         (out_features, in_features), dtype = packed.shape, getattr(torch, packed.dtype)
         has_bias = bias is not None
@@ -160,6 +160,7 @@ weights=w4g64a, 1,312 bytes)
             input,
             self.in_features,
             buffers.get("input_order"),
+            buffers.get("input_scale"),
             buffers["packed_weights"],
             buffers["scales"],
             buffers["scale_steps"],
@@ -174,7 +175,11 @@ weights=w4g64a, 1,312 bytes)
 
 @torch.fx.wrap
 def _checked_linear(
-    input: torch.Tensor, in_features: int, order: torch.Tensor | None, *rest: Any
+    input: torch.Tensor,
+    in_features: int,
+    order: torch.Tensor | None,
+    multipliers: torch.Tensor | None,
+    *rest: Any,
 ) -> torch.Tensor:
     """The operator, which reads the length of a row off its input: others may fit the bytes too."""
     if input.size(-1) != in_features:
@@ -183,4 +188,6 @@ def _checked_linear(
         )
     if order is not None:
         input = input.index_select(-1, order)
+    if multipliers is not None:
+        input = (input * multipliers).to(input.dtype)
     return torch_ops.packed_linear(input, *rest)

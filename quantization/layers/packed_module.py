@@ -11,7 +11,7 @@ from quantization.layers.quantized_module import QuantizedModule
 from quantization.methods.registry import Method, fit_matrix
 from quantization.methods.statistics import Statistics
 from quantization.ops.dtypes import name_of
-from quantization.schemes.column_order import check_order
+from quantization.schemes.column_order import check_columns
 from quantization.schemes.layer_weights import layer_floats, pack_as
 from quantization.schemes.packed_weights import PARTS, PackedWeights, pack_matrix
 from quantization.schemes.scheme import Scheme, scheme_of
@@ -42,6 +42,7 @@ class PackedModule(QuantizedModule):
     zero_points: torch.Tensor | None
     codebook: torch.Tensor | None
     input_order: torch.Tensor | None
+    input_scale: torch.Tensor | None
 
     def _register_packed(
         self, scheme: Scheme | str, dtype: torch.dtype, device: Any, **more: torch.Tensor | None
@@ -213,8 +214,7 @@ class PackedModule(QuantizedModule):
         except ValueError as error:
             raise ValueError(f"{error} (this layer has scheme {self._scheme})") from None
         self._check_codebook(own.get(prefix + "codebook"), prefix)
-        if prefix + "input_order" in own:
-            check_order(own[prefix + "input_order"], prefix + "input_order")
+        check_columns(own, prefix)
 
     def _check_codebook(self, incoming: torch.Tensor | None, prefix: str) -> None:
         """The levels of a grid that fixes them are those of the scheme."""

@@ -40,7 +40,7 @@ def rtn(weight: Tensor, scheme: Scheme, statistics: Statistics | None = None) ->
 
     Example:
         >>> import torch
-        >>> rtn(torch.tensor([[-8.0, 7.0]]), Scheme.parse("w4")).scales
+        >>> rtn(torch.tensor([[-7.5, 7.0]]), Scheme.parse("w4")).scales
         tensor([[1.]])
     """
     if statistics is None or scheme.grid not in WEIGHED:

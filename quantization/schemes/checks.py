@@ -6,6 +6,7 @@ from typing import Any
 
 from quantization.numerics.granularity import Granularity, PerDimension, PerGroup
 from quantization.numerics.parameters import Mode, check_granularity, check_mode
+from quantization.schemes.column_order import COLUMN_PARTS
 
 __all__ = ["MX_GROUP", "PER_ROW", "along_rows", "check_scheme"]
 
@@ -26,7 +27,7 @@ def check_scheme(scheme: Any) -> None:
     _check_bits(scheme)
     _check_granularity(scheme)
     _check_scales(scheme)
-    _check_order(scheme)
+    _check_columns(scheme)
 
 
 def along_rows(granularity: Any) -> Granularity:
@@ -104,9 +105,10 @@ def _check_scales(scheme: Any) -> None:
         )
 
 
-def _check_order(scheme: Any) -> None:
-    if not isinstance(scheme.input_order, bool):
-        raise TypeError(f"input_order must be True or False, not {scheme.input_order!r}")
+def _check_columns(scheme: Any) -> None:
+    for name in COLUMN_PARTS:
+        if not isinstance(getattr(scheme, name), bool):
+            raise TypeError(f"{name} must be True or False, not {getattr(scheme, name)!r}")
     if scheme.input_order and not scheme.is_grouped:
         raise ValueError(
             "input_order says which columns are of one group: use PerGroup(by, 1), not "

@@ -10,7 +10,7 @@ from quantization.numerics.granularity import Granularity
 from quantization.numerics.parameters import Mode
 from quantization.numerics.weight_packing import pack_weights
 from quantization.ops.dtypes import name_of
-from quantization.schemes.column_order import same_order
+from quantization.schemes.column_order import column_parts
 from quantization.schemes.layer_weights import pack_as
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
@@ -48,8 +48,10 @@ def repack(packed: PackedWeights, scheme: Scheme) -> PackedWeights:
 
 def _exactly(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
     """The weight under a scheme of symmetric codes that hold it as it is; None if they do not."""
-    if scheme.input_order:
-        return _exactly_in_order(packed, scheme)
+    if packed.input_scale is not None and not scheme.input_scale:
+        return None
+    if scheme.input_order or scheme.input_scale:
+        return _exactly_in_columns(packed, scheme)
     is_plain = scheme.grid == "integer" and scheme.mode is Mode.Symmetric
     if not is_plain or scheme.double_quant or scheme.scale_dtype not in (None, packed.dtype):
         return None
@@ -71,19 +73,19 @@ def _exactly(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
     return PackedWeights(scheme, packed.shape, codes, spread, dtype=packed.dtype)
 
 
-def _exactly_in_order(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
-    """The same for a scheme that has an order: that which is there is kept."""
-    order = packed.input_order
-    plain = replace(packed, scheme=replace(packed.scheme, input_order=False), input_order=None)
-    made = _exactly(plain, replace(scheme, input_order=False))
-    if made is None:
-        return None
-    order = (
-        same_order(packed.packed_weights.new_empty(packed.shape), scheme)
-        if order is None
-        else order
-    )
-    return replace(made, scheme=scheme, input_order=order)
+def _exactly_in_columns(packed: PackedWeights, scheme: Scheme) -> PackedWeights | None:
+    """The same for a scheme with an order or multipliers: those that are there are kept."""
+    kept = column_parts(packed.packed_weights.new_empty(packed.shape), scheme, packed.dtype)
+    order, multipliers = packed.input_order, packed.input_scale
+    old, new = (replace(each, input_scale=False) for each in (packed.scheme, scheme))
+    if scheme.input_order and order is not None:
+        kept["input_order"], order = order, None
+        old = replace(old, input_order=False)
+    if multipliers is not None:
+        kept["input_scale"] = multipliers if order is None else multipliers[order.argsort()]
+    bare = replace(packed, scheme=old, input_order=order, input_scale=None)
+    made = _exactly(bare, replace(new, input_order=False))
+    return None if made is None else replace(made, scheme=scheme, **kept)
 
 
 def int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
@@ -106,6 +108,11 @@ def int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _int8_parts(packed: PackedWeights) -> tuple[torch.Tensor, torch.Tensor]:
     scheme, cols = packed.scheme, packed.shape[1]
+    if packed.input_scale is not None:
+        raise ValueError(
+            f"scheme {scheme} has a multiplier for each column, and int8 layers have none: no "
+            "exact int8 layer; QWQALinearLayer.from_float(layer.dequantize()) rounds"
+        )
     if scheme == Scheme.int8() and name_of(packed.scales.dtype) == packed.dtype:
         return packed.packed_weights.view(torch.int8), packed.scales.squeeze(1)
     if scheme.groups(cols) > 1:

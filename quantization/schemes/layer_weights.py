@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quantization.ops.dtypes import name_of
+from quantization.schemes.column_order import COLUMN_PARTS
 from quantization.schemes.packed_weights import PARTS, PackedWeights, pack_matrix
 from quantization.schemes.scheme import Scheme
 
@@ -83,7 +84,7 @@ def some_rows(packed: PackedWeights, start: int, stop: int) -> PackedWeights:
     """
     parts = {name: getattr(packed, name) for name in PARTS}
     for name, tensor in parts.items():
-        is_of_rows = name != "input_order" and tensor is not None
+        is_of_rows = name not in COLUMN_PARTS and tensor is not None
         if is_of_rows and tensor.shape[0] == packed.shape[0]:  # one codebook may be for all
             parts[name] = tensor[start:stop]
     shape = (stop - start, packed.shape[1])

@@ -8,6 +8,7 @@ from typing import Any
 
 from quantization.numerics.granularity import Granularity, PerDimension, PerGroup
 from quantization.numerics.parameters import Mode
+from quantization.schemes.column_order import COLUMN_PARTS
 
 __all__ = ["fields_from", "name_of_scheme", "parse_name", "plain_of"]
 
@@ -27,7 +28,9 @@ _SPANS = {
 }
 _SCALE_TYPES = {"f32": "float32", "f64": "float64", "f16": "float16", "bf16": "bfloat16"}
 _SHORT = {name: short for short, name in _SCALE_TYPES.items()}
-_DOUBLE_QUANT, _ORDER = "dq", "order"
+_DOUBLE_QUANT = "dq"
+_COLUMNS = {"order": "input_order", "cols": "input_scale"}  # options and what they set
+_SAID_TWICE = {"order": "the order of the columns", "cols": "that columns have multipliers"}
 _SCALES_ONLY = "dqs"  # beside float zero points that stay floats
 
 
@@ -72,7 +75,7 @@ def _span(match: re.Match[str], grid: str) -> Granularity:
 
 
 def _option(text: str, option: str, values: dict[str, Any]) -> dict[str, Any]:
-    flags = {_DOUBLE_QUANT: "double_quant", _ORDER: "input_order"}
+    flags = {_DOUBLE_QUANT: "double_quant", **_COLUMNS}
     has_floats = values.get("zero_point") == "float"
     if has_floats:
         flags[_SCALES_ONLY] = "double_quant"
@@ -83,7 +86,7 @@ def _option(text: str, option: str, values: dict[str, Any]) -> dict[str, Any]:
         allowed = ", ".join(f"+{name}" for name in (*flags, *_SCALE_TYPES))
         raise ValueError(f"{text!r} has the option +{option}; allowed are {allowed}")
     if found.keys() & values.keys():
-        what = "the order of the columns" if option == _ORDER else "what the scales are"
+        what = _SAID_TWICE.get(option, "what the scales are")
         raise ValueError(f"{text!r} says twice {what}")
     if option == _DOUBLE_QUANT and has_floats:
         found["zero_point"] = "fixed"
@@ -109,7 +112,7 @@ def name_of_scheme(scheme: Any) -> str:
         options = f"+{_SCALES_ONLY}"
     if scheme.scale_dtype:
         options += f"+{_SHORT[scheme.scale_dtype]}"
-    options += f"+{_ORDER}" if scheme.input_order else ""
+    options += "".join(f"+{name}" for name, field in _COLUMNS.items() if getattr(scheme, field))
     return f"{base}{_span_name(scheme)}{mode}{options}"
 
 
@@ -134,9 +137,7 @@ def plain_of(values: dict[str, Any]) -> dict[str, Any]:
         case _:
             granularity = {"kind": "tensor"}
     plain = values | {"granularity": granularity, "mode": values["mode"].value}
-    if not plain["input_order"]:
-        del plain["input_order"]
-    return plain
+    return {name: value for name, value in plain.items() if value or name not in COLUMN_PARTS}
 
 
 def fields_from(plain: Any, known: list[str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ Weight k of row n, computed in float32, with ``g = k // group``::
     w[n, k] = (v[code] - z[n, g]) * s[n, g]
 
 Where there is an ``input_order``, that is column ``input_order[k]`` of the matrix, and not ``k``.
+Where there is an ``input_scale``, it is multiplied by ``input_scale[k]``, in float32 and once more.
 
 ``v[code]`` is ``codebook[code]`` where there is a codebook; else the code itself, unsigned where
 there are zero points, in two's complement where there are none. ``z`` is 0 without zero points.
@@ -26,6 +27,8 @@ there are zero points, in two's complement where there are none. ``z`` is 0 with
     Levels ``[1, 2**bits]``, or ``[out, 2**bits]`` where each row has its own.
 ``input_order``, for schemes that have one
     int32 ``[in]``: which column of the matrix each stored one is, every column once.
+``input_scale``, for schemes that have one
+    Floats ``[in]``, one a stored column: what its numbers, or else its inputs, are multiplied by.
 """
 
 from __future__ import annotations
@@ -43,15 +46,22 @@ from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.ops import native
 from quantization.ops.dtypes import name_of, source_of
 from quantization.ops.native import Tensor
-from quantization.schemes.column_order import same_order
+from quantization.schemes.column_order import (
+    COLUMN_PARTS,
+    checked_importance,
+    column_parts,
+    times_columns,
+)
 from quantization.schemes.grids import WEIGHED, Coded, Matrix, encode_matrix
 from quantization.schemes.scheme import Scheme, checked_shape, scheme_of
 from quantization.schemes.stored_scales import restore, restore_zeros
 
-__all__ = ["PARTS", "PackedWeights", "pack_matrix"]
+__all__ = ["OPERANDS", "PARTS", "PackedWeights", "pack_matrix"]
 
-#: The tensors of a packed matrix; all but the last in the order in which the operators take them.
-PARTS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook", "input_order")
+#: The tensors that the operators take, in their order.
+OPERANDS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook")
+#: The tensors of a packed matrix.
+PARTS = OPERANDS + COLUMN_PARTS
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -66,9 +76,10 @@ class PackedWeights:
         scale_steps: float32 ``[out]``, or None.
         zero_points: uint8, int8 or floats, or None.
         codebook: floats, or None.
-        input_order: int32 ``[in]``, or None.
         dtype: type of the weights, a torch dtype, NumPy dtype or name; None: that of the scales,
-            or of the codebook where scales are codes, else float32. Kept as its name.
+            or of the other floats where scales are codes, else float32. Kept as its name.
+        input_order: int32 ``[in]``, or None.
+        input_scale: floats ``[in]``, or None.
 
     All tensors are of one kind, torch or NumPy, and on one device; meta tensors will do.
 
@@ -95,6 +106,7 @@ class PackedWeights:
     codebook: Any = None
     dtype: Any = None
     input_order: Any = None
+    input_scale: Any = None
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -114,7 +126,7 @@ class PackedWeights:
     def _settled_dtype(self) -> str:
         if self.dtype is not None:
             return source_of(self.dtype, "a packed matrix").name
-        for tensor in (self.scales, self.codebook):
+        for tensor in (self.scales, self.codebook, self.input_scale):
             if tensor is not None and name_of(tensor.dtype) != "uint8":
                 return name_of(tensor.dtype)
         return "float32"
@@ -166,7 +178,7 @@ class PackedWeights:
         out = source_of(self.dtype if dtype is None else dtype, "the matrix to restore").name
         if native.is_meta(self.packed_weights) or 0 in self.shape:
             return native.filled(self.shape, 0, out, self.packed_weights)
-        wide = "float32" if out == "float64" else out
+        wide = "float32" if out == "float64" or self.input_scale is not None else out
         zero = self.integer_zero_points()
         params = QuantizationParameters(
             native.as_tensor_like(
@@ -177,7 +189,8 @@ class PackedWeights:
             PerGroup(self.scheme.group(self.shape[1])),
             dtype=wide,
         )
-        return self._in_order(native.cast(dequantize_linear(self._values(), params), out))
+        stored = dequantize_linear(self._values(), params)
+        return self._in_order(times_columns(stored, self.input_scale, out))
 
     @property
     def codes(self) -> Any:
@@ -329,7 +342,7 @@ def open_matrix(
             f"{name} has shape {tuple(weight.shape)}; expected [out_features, in_features]"
         )
     rule_for(source, "int8", Mode.Symmetric, None, scheme.scale_dtype, nonfinite)  # or raise
-    weights = _checked_importance(importance, weight.shape[1])
+    weights = checked_importance(importance, weight.shape[1])
     return Matrix(weight, source, scheme, weights, nonfinite, name)
 
 
@@ -348,7 +361,7 @@ def packed_of_codes(coded: Coded, matrix: Matrix) -> PackedWeights:
         zero,
         coded.codebook,
         matrix.source.name,
-        same_order(coded.codes, scheme),
+        **column_parts(coded.codes, scheme, matrix.source.name),
     )
 
 
@@ -362,22 +375,6 @@ def _for_each_row(values: Tensor, rows: int) -> Tensor:
     return values.repeat(rows, 1) if native.is_torch(values) else np.repeat(values, rows, axis=0)
 
 
-def _checked_importance(importance: Any, cols: int) -> np.ndarray | None:
-    """Importance as float64 ``[cols]``."""
-    if importance is None:
-        return None
-    if not native.is_tensor(importance):
-        raise TypeError(
-            f"importance must be a torch.Tensor or ndarray, not {type(importance).__name__}"
-        )
-    weights = native.to_array(native.cast(importance, "float64"), "importance")
-    if weights.shape != (cols,):
-        raise ValueError(f"importance has shape {weights.shape}; one a column is ({cols},)")
-    if not (np.isfinite(weights) & (weights >= 0)).all():
-        raise ValueError("importance must be finite and not negative")
-    return weights
-
-
 def blank(weight: Tensor, scheme: Scheme) -> PackedWeights:
     """What a matrix without numbers packs to: zeros, or shapes only."""
     shape, dtype = tuple(weight.shape), name_of(weight.dtype)
@@ -385,7 +382,7 @@ def blank(weight: Tensor, scheme: Scheme) -> PackedWeights:
         name: native.filled(buffer.shape, int(name == "scales"), buffer.dtype, weight)
         for name, buffer in scheme.buffers(shape, dtype).items()
     }
-    parts |= {"input_order": same_order(weight, scheme)}
+    parts |= column_parts(weight, scheme, dtype)
     return PackedWeights(scheme, shape, **parts, dtype=dtype)
 
 

@@ -68,6 +68,8 @@ class Scheme:
             or bfloat16 beside fixed zero points.
         input_order: whether the columns are stored in an order of their own, so that a group need
             not be neighbours (GPTQ's act-order). What is quantized here keeps the order it has.
+        input_scale: whether each column has a multiplier (SINQ, AWQ): inputs are multiplied by it,
+            and codes stand for the column divided by it. Rounding to nearest leaves it at 1.
 
     Raises:
         TypeError: for a field of the wrong type.
@@ -99,6 +101,7 @@ class Scheme:
     scale_dtype: str | None = None
     double_quant: bool = False
     input_order: bool = False
+    input_scale: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", index_of(self.bits, "bits"))
@@ -191,7 +194,7 @@ class Scheme:
         asymmetric, ``af`` with float zero points, ``s`` or nothing for symmetric; then options:
         ``+dq``, double quantization (``af+dq``: of zero points too, 8 bits in fixed point;
         ``af+dqs``: of the scales alone), ``+f32``, ``+f64``, ``+f16`` or ``+bf16``, the type of the
-        scales, and ``+order``, columns in an order of their own.
+        scales, ``+order``, columns in an order of their own, and ``+cols``, a multiplier a column.
 
         Raises:
             TypeError: if ``text`` is no string.
@@ -220,7 +223,8 @@ class Scheme:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values (numbers, strings, None), fit for JSON.
 
-        ``input_order`` is there only where it is true: readers that do not know it read the rest.
+        ``input_order`` and ``input_scale`` are there only where they are true: readers that do not
+        know them read the rest.
 
         Example:
             >>> Scheme.nf4().to_dict()["granularity"]
@@ -341,6 +345,8 @@ class Scheme:
             made["zero_points"] = Buffer((rows, -(-groups * self.bits // 8)), "uint8")
         if self.input_order:
             made["input_order"] = Buffer((cols,), "int32")
+        if self.input_scale:
+            made["input_scale"] = Buffer((cols,), layer)
         if self.has_codebook:
             per_row = self.grid == "kmeans" and isinstance(self.granularity, PerDimension)
             made["codebook"] = Buffer((rows if per_row else 1, 2**self.bits), layer)

@@ -276,11 +276,12 @@ def test_layers_changed_after_loading_are_saved_as_they_are(
     assert type(again.model.layers[0].mlp.down_proj) is nn.Linear
 
 
-def test_columns_in_an_order_of_their_own_travel(tmp_path: Path) -> None:
+def test_columns_with_an_order_and_multipliers_travel(tmp_path: Path) -> None:
     model = tiny_models.random_model("llama")
-    quantize_model(model, "w4g16+order", exclude=["lm_head"])
+    quantize_model(model, "w4g16+order+cols", exclude=["lm_head"])
     for layer in quantized(model).values():
         layer.input_order.copy_(torch.randperm(layer.in_features))
+        layer.input_scale.uniform_(0.5, 1)
     model.save_pretrained(tmp_path / "a")
     save_quantized(model, tmp_path / "b")
     again = [load("llama", tmp_path / "a"), load("llama", tmp_path / "b")]

@@ -83,7 +83,7 @@ def test_names_and_plain_values() -> None:
         Scheme.parse("w4g16+order+order")
     with pytest.raises(TypeError, match="input_order must be True or False, not 1"):
         Scheme(4, input_order=1)
-    with pytest.raises(ValueError, match=r"take it without \+order for an embedding"):
+    with pytest.raises(ValueError, match=r"take it without \+order, \+cols for an embedding"):
         PackedEmbedding(8, 32, scheme="w4g16+order")
 
 

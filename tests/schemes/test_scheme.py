@@ -172,7 +172,8 @@ def test_what_is_no_name(text: str) -> None:
         ("nf4a", r"grid 'nf4' has no zero points: use Mode.Symmetric"),
         (
             "w4+f8",
-            r"'w4\+f8' has the option \+f8; allowed are \+dq, \+order, \+f32, \+f64, \+f16, \+bf16",
+            r"'w4\+f8' has the option \+f8; allowed are \+dq, \+order, \+cols, \+f32, \+f64, "
+            r"\+f16, \+bf16",
         ),
         ("w4+f16+f32", r"'w4\+f16\+f32' says twice what the scales are"),
         ("w4g8+dq+dq", r"'w4g8\+dq\+dq' says twice what the scales are"),

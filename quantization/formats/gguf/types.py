@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from quantization.formats.errors import FormatError
 from quantization.formats.gguf.blocks import TYPES, BlockType
-from quantization.formats.integers import SCATTERED
+from quantization.formats.integers import why_not_columns
 from quantization.numerics.parameters import Mode
 from quantization.schemes.scheme import Scheme
 
@@ -95,8 +95,8 @@ def _why_not(scheme: Scheme, cols: int, kind: BlockType) -> str | None:
 
 
 def _why_not_codes(scheme: Scheme, kind: BlockType) -> str | None:
-    if scheme.input_order:
-        return SCATTERED
+    if why_not_columns(scheme):
+        return why_not_columns(scheme)
     if (scheme.grid == "mxfp4") != (kind.name == "MXFP4"):
         return "mxfp4 is for MXFP4, and MXFP4 for mxfp4"
     if scheme.grid == "mxfp4":
