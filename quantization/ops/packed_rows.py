@@ -46,7 +46,7 @@ def decode_rows(
         >>> decode_rows(codes, torch.tensor([[0.5, 10.0]]), None, None, None, 4, 2, 3)
         tensor([[  0.5000,   1.0000, -10.0000]])
     """
-    codes = _unpack(weights, bits, in_features)
+    codes = unpack(weights, bits, in_features)
     place = torch.arange(in_features, device=weights.device) // group
     if codebook is not None:
         values = _levels(codebook.float(), codes)
@@ -59,11 +59,11 @@ def decode_rows(
         values = codes.float()
     if zero_points is not None:
         if zero_points.dtype is torch.uint8:
-            zero_points = _unpack(zero_points, bits, scales.shape[1])
+            zero_points = unpack(zero_points, bits, scales.shape[1])
         elif zero_points.dtype is torch.int8:
-            zero_points = (zero_points.float() + 128) * 2.0 ** (bits - 8)
+            zero_points = from_fixed_point(zero_points, bits)
         values = values - zero_points.float().index_select(1, place)
-    return values * _full_scales(scales, scale_steps).index_select(1, place)
+    return values * full_scales(scales, scale_steps).index_select(1, place)
 
 
 @torch.fx.wrap
@@ -82,8 +82,23 @@ def round_once(numbers: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return numbers.clamp(-largest, largest).to(dtype)
 
 
-def _unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
-    """Codes, int32 ``[rows, count]``, of dense or base-3 bytes."""
+def from_fixed_point(zero_points: torch.Tensor, bits: int) -> torch.Tensor:
+    """Zero points of int8 as float32.
+
+    Example:
+        >>> from_fixed_point(torch.tensor([0, 8], dtype=torch.int8), 4)
+        tensor([8.0000, 8.5000])
+    """
+    return (zero_points.float() + 128) * 2.0 ** (bits - 8)
+
+
+def unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
+    """Codes, int32 ``[rows, count]``, of dense or base-3 bytes.
+
+    Example:
+        >>> unpack(torch.tensor([[0x21]], dtype=torch.uint8), 4, 2)
+        tensor([[1, 2]], dtype=torch.int32)
+    """
     place = torch.arange(count, device=packed.device)
     if bits == TERNARY:
         powers = (3 ** (place % _CODES_A_BYTE)).int()
@@ -94,7 +109,7 @@ def _unpack(packed: torch.Tensor, bits: int, count: int) -> torch.Tensor:
     if 8 % bits:  # a code may straddle two bytes; the last one of a row does not
         after = (byte + 1).clamp_max(packed.shape[1] - 1)
         pair = pair | packed.index_select(1, after).int() << 8
-    return (pair >> shift) & ((1 << bits) - 1)
+    return torch.bitwise_right_shift(pair, shift) & ((1 << bits) - 1)  # ONNX has no __rshift__
 
 
 def _levels(codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -103,8 +118,13 @@ def _levels(codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
     return codebook.gather(1, codes.long())
 
 
-def _full_scales(scales: torch.Tensor, scale_steps: torch.Tensor | None) -> torch.Tensor:
-    """Scales as float32, out of floats, codes or exponents."""
+def full_scales(scales: torch.Tensor, scale_steps: torch.Tensor | None) -> torch.Tensor:
+    """Scales as float32, out of floats, codes or exponents.
+
+    Example:
+        >>> full_scales(torch.tensor([[127, 128]], dtype=torch.uint8), None)
+        tensor([[1., 2.]])
+    """
     if scale_steps is not None:
         return scales.float() * scale_steps.float().unsqueeze(1)
     if scales.dtype is not torch.uint8:

@@ -48,14 +48,14 @@ def _linear(call: Call, rows: torch.Tensor) -> torch.Tensor:
     parts = []
     for start, count in _blocks(call):
         bias = None if call.bias is None else call.bias.narrow(0, start, count).to(rows.dtype)
-        parts.append(F.linear(rows, _float_rows(call, start, count, rows.dtype), bias))
+        parts.append(F.linear(rows, float_rows(call, start, count, rows.dtype), bias))
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def _input_gradient(call: Call, rows: torch.Tensor) -> torch.Tensor:
     total = None
     for start, count in _blocks(call):
-        part = rows.narrow(-1, start, count) @ _float_rows(call, start, count, rows.dtype)
+        part = rows.narrow(-1, start, count) @ float_rows(call, start, count, rows.dtype)
         total = part if total is None else total.to(_wide(rows.dtype)) + part
     assert total is not None  # there is one block at least
     return total
@@ -88,8 +88,16 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 # ---- weights ---------------------------------------------------------------------------------
 
 
-def _float_rows(call: Call, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
-    """Rows ``start`` to ``start + count`` of the weight as finite numbers of that type."""
+def float_rows(call: Call, start: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+    """Rows ``start`` to ``start + count`` of the weight as finite numbers of that type.
+
+    Example:
+        >>> from quantization.ops.operators import OPERATORS
+        >>> weights, scales = torch.tensor([[1, 2]], dtype=torch.int8), torch.tensor([0.5])
+        >>> call = OPERATORS[0].call(torch.ones(1, 2), weights, scales, torch.float32)
+        >>> float_rows(call, 0, 1, torch.float32)
+        tensor([[0.5000, 1.0000]])
+    """
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.narrow(0, start, count)

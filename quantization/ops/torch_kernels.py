@@ -18,6 +18,7 @@ import torch
 
 from quantization import _kernels
 from quantization.ops import torch_devices
+from quantization.ops.exporters import onnx_nodes
 from quantization.ops.operators import OPERATORS, Call, check_call
 
 # ---- kernels in Python, for a torch without the stable shim -----------------------------------
@@ -156,3 +157,5 @@ for _row in OPERATORS:
         for _key in ("NestedTensorCPU", "NestedTensorCUDA"):
             _library.impl(_name, _by_part(_operator), _key)
         _library.impl(_name, torch.library.fallthrough_kernel, "AutogradNestedTensor")
+
+onnx_nodes.register()

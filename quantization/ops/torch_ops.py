@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 from torch.autograd import Function, forward_ad
-from torch.jit import is_scripting  # type: ignore[attr-defined]  # torch.jit has it, unsaid
+from torch.jit import is_scripting, is_tracing  # type: ignore[attr-defined]  # unsaid there
 
 from quantization.ops import torch_kernels as kernels
+from quantization.ops.exporters import onnx_nodes
 from quantization.ops.operators import HAS_BIAS, with_stand_ins
 
 # ---- derivatives -----------------------------------------------------------------------------
@@ -148,6 +149,18 @@ def _is_forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def _is_traced() -> bool:
+    """Whether TorchScript's tracer is at work: it records operators, and no functions of Python."""
+    if not is_tracing():
+        return False
+    if onnx_nodes.is_exporting():
+        raise RuntimeError(
+            "quantized layers have no nodes in torch's old ONNX exporter: call "
+            "torch.onnx.export(..., dynamo=True), which needs the package onnxscript"
+        )
+    return True
+
+
 def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return True
@@ -158,7 +171,7 @@ def _linear(
     x: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, *weight: Any
 ) -> torch.Tensor:
     """The linear map, with derivatives where they are asked for."""
-    if _is_differentiated(x, bias):
+    if not _is_traced() and _is_differentiated(x, bias):
         function: type[Function] = _DualLinear if _is_forward_mode() else _Linear
         y: torch.Tensor = function.apply(x, bias, dtype, *weight)
         return y

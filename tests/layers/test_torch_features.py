@@ -336,3 +336,24 @@ def test_torch_truncates_averages_of_codes(scheme: str) -> None:
     """A limit of torch that docs/torch.md tells; once this fails, the page can be shorter."""
     layer, mean = averaged_codes(scheme, get_ema_multi_avg_fn(0.9), use_buffers=True)
     assert not torch.equal(layer.codes, mean.codes)
+
+
+class Encoder(nn.Module):
+    """Layers between what can be trained."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.model = nn.LayerNorm(WIDTH), Tail()
+        self.last = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.last(self.model(self.first(x)))
+
+
+def test_a_model_that_can_be_trained_is_traced_and_saved() -> None:
+    encoder, x = Encoder().eval(), torch.randn(2, WIDTH)
+    file = io.BytesIO()
+    torch.jit.save(torch.jit.trace(encoder, (x,)), file)
+    file.seek(0)
+    again, other = torch.jit.load(file), torch.randn(5, WIDTH)
+    torch.testing.assert_close(again(other), encoder(other))

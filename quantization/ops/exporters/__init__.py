@@ -1,0 +1,1 @@
+"""What exporters of torch make of the operators."""
