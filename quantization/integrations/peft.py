@@ -10,6 +10,10 @@ that unmerging brings it back bit for bit. For a merge without that error make t
 A quantized module in ``modules_to_save``, which is to be trained itself, is trained as a float copy
 of its numbers; that copy is what is saved, and what stands in its place after a merge.
 
+Initialisations that take a part out of the weight (PiSSA, OLoRA, CorDA, LoRA-GA, KaSA) run in
+float, and what is left of the weight is quantized anew, as the PiSSA paper does it. LoftQ, which
+needs the float weight, is refused, and so are gradients of quantized weights for LoRA-GA.
+
 Other adapters than LoRA train over quantized layers too; where one would be merged, an error says
 that it cannot. PEFT itself asks that a model has at least one Parameter.
 """
@@ -20,6 +24,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -31,6 +36,7 @@ need("peft", "peft", "0.21")
 
 from peft import LoraConfig
 from peft.tuners import lora
+from peft.tuners.lora import LoraModel, corda, loraga
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
@@ -42,12 +48,28 @@ from quantization.models.quantizer import dequantize_model
 __all__ = ["LAYERS", "QuantizedLoraEmbedding", "QuantizedLoraLinear"]
 
 
-class _Merging:
-    """Merging by way of a float layer: PEFT's own code does it there, whatever the variant."""
+class _OverFloat:
+    """What writes the weight, done on a float layer by PEFT's own code, whatever the variant."""
 
     base_layer: Any
     merged_adapters: list[str]
     _before: dict[str, torch.Tensor | None] | None = None
+
+    def update_layer(
+        self, adapter_name: str, *args: Any, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        """Add an adapter; what its initialisation leaves of the weight is quantized."""
+        update = functools.partial(super().update_layer, adapter_name, config=config, **kwargs)  # type: ignore[misc]
+        if _only_adds(config):
+            update(*args)
+            return
+        base = self.base_layer
+        with self._on_float() as plain:
+            before = plain.weight.detach().clone()
+            update(*args)
+        self._move_adapter_to_device_of_base_layer(adapter_name)  # type: ignore[attr-defined]
+        if not plain.weight.is_meta and not torch.equal(plain.weight, before):
+            base.quantize(plain.weight.detach(), name="what the adapter leaves of the weight")
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Quantize the sum of the weight and the adapters, under the scheme of the layer."""
@@ -81,13 +103,17 @@ class _Merging:
         """A float layer of the same numbers in the place of the quantized one."""
         base = self.base_layer
         self.base_layer = plain = _float_of(base)
+        noted = {name: value for name, value in vars(base).items() if name not in vars(plain)}
+        vars(plain).update(noted)  # by preprocess_corda and others; they are used up
         try:
             yield plain
+            for name in noted.keys() - vars(plain):
+                del vars(base)[name]
         finally:
             self.base_layer = base
 
 
-class QuantizedLoraLinear(_Merging, lora.Linear):
+class QuantizedLoraLinear(_OverFloat, lora.Linear):
     """LoRA over a quantized linear layer; the arguments are those of PEFT's ``lora.Linear``."""
 
     def __init__(
@@ -99,15 +125,25 @@ class QuantizedLoraLinear(_Merging, lora.Linear):
         super().__init__(base_layer, adapter_name, config, **kwargs)
 
 
-class QuantizedLoraEmbedding(_Merging, lora.Embedding):
+class QuantizedLoraEmbedding(_OverFloat, lora.Embedding):
     """LoRA over a packed embedding; the arguments are those of PEFT's ``lora.Embedding``."""
 
+
+#: Values of ``init_lora_weights`` that draw an adapter and do not look at the weight.
+_ADDING = (True, False, "gaussian", "eva", "orthogonal")
 
 #: Which layer of this module comes over which quantized one.
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     QuantizedLinear: QuantizedLoraLinear,
     PackedEmbedding: QuantizedLoraEmbedding,
 }
+
+
+def _only_adds(config: LoraConfig) -> bool:
+    """Whether a new adapter of that kind leaves the weight alone."""
+    variants = (f.name for f in fields(config) if f.metadata.get("is_lora_variant"))
+    is_plain = not any(getattr(config, name) for name in variants)
+    return is_plain and config.init_lora_weights in _ADDING
 
 
 def _float_of(layer: Any) -> nn.Module:
@@ -149,6 +185,67 @@ def _with_layers(original: Callable[[Any], None]) -> Callable[[Any], None]:
     return post_init
 
 
+def _refusing_loftq(original: Callable[..., None]) -> Callable[..., None]:
+    """``BaseTuner.inject_adapter`` that refuses LoftQ before anything is changed."""
+
+    @functools.wraps(original)
+    def inject_adapter(
+        self: Any, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        config = self.peft_config[adapter_name]
+        if getattr(config, "init_lora_weights", None) == "loftq":
+            _refuse(
+                model,
+                config,
+                "init_lora_weights='loftq' quantizes the float weight by itself, and there is none",
+                "use True, 'pissa' or 'olora'",
+            )
+        original(self, model, adapter_name, *args, **kwargs)
+
+    inject_adapter.knows_quantized = True  # type: ignore[attr-defined]
+    return inject_adapter
+
+
+def _refusing_gradients(original: Callable[..., None]) -> Callable[..., None]:
+    """LoRA-GA's ``estimate_gradients`` that refuses where weights have none, before it begins."""
+
+    @functools.wraps(original)
+    def estimate_gradients(model: nn.Module, lora_config: Any, *args: Any, **kwargs: Any) -> None:
+        _refuse(
+            model,
+            lora_config,
+            "LoRA-GA estimates gradients of weights, and codes have none",
+            "call preprocess_loraga with cache_file= on the float model, then on this one",
+        )
+        original(model, lora_config, *args, **kwargs)
+
+    estimate_gradients.knows_quantized = True  # type: ignore[attr-defined]
+    return estimate_gradients
+
+
+def _of_buffers_too(original: Callable[[nn.Module], Any]) -> Callable[[nn.Module], Any]:
+    """CorDA's ``get_model_device``, which asks layers, for those without Parameters."""
+
+    @functools.wraps(original)
+    def get_model_device(model: nn.Module) -> Any:
+        is_bare = next(model.parameters(), None) is None
+        return next(model.buffers()).device.type if is_bare else original(model)
+
+    get_model_device.knows_quantized = True  # type: ignore[attr-defined]
+    return get_model_device
+
+
+def _refuse(model: nn.Module, config: Any, why: str, remedy: str) -> None:
+    """Raise ValueError if an adapter of that kind comes over a quantized layer."""
+    asked = config.target_modules
+    is_named = asked is not None and asked != "all-linear"  # otherwise: all there are
+    for name, module in model.named_modules():
+        if isinstance(module, QuantizedModule) and (
+            not is_named or LoraModel._check_target_module_exists(config, name)
+        ):
+            raise ValueError(f"{name} is quantized: {why}. Nothing was changed; {remedy}")
+
+
 def _refusing(original: Callable[[Any], None]) -> Callable[[Any], None]:
     """The question whether a model can be merged: not where the merge would be lost."""
 
@@ -156,7 +253,7 @@ def _refusing(original: Callable[[Any], None]) -> Callable[[Any], None]:
     def check(self: Any) -> None:
         original(self)
         for name, module in self.model.named_modules():
-            lost = isinstance(module, BaseTunerLayer) and not isinstance(module, _Merging)
+            lost = isinstance(module, BaseTunerLayer) and not isinstance(module, _OverFloat)
             if lost and isinstance(module.get_base_layer(), QuantizedModule):
                 raise ValueError(
                     f"{name}: {type(module).__module__}.{type(module).__name__} cannot be merged "
@@ -186,13 +283,22 @@ def _with_float_copies(original: Callable[..., None]) -> Callable[..., None]:
     return update
 
 
+#: What knows quantized layers in the place of PEFT's own: (owner, name, what is made of it).
+_PATCHES = (
+    (ModulesToSaveWrapper, "update", _with_float_copies),
+    (LoraConfig, "__post_init__", _with_layers),
+    (BaseTuner, "inject_adapter", _refusing_loftq),
+    (BaseTuner, "_check_merge_allowed", _refusing),
+    (loraga, "estimate_gradients", _refusing_gradients),
+    (corda, "get_model_device", _of_buffers_too),
+)
+
+
 def _register() -> None:
-    if not hasattr(ModulesToSaveWrapper.update, "knows_quantized"):
-        ModulesToSaveWrapper.update = _with_float_copies(ModulesToSaveWrapper.update)
-    if not hasattr(LoraConfig.__post_init__, "knows_quantized"):
-        LoraConfig.__post_init__ = _with_layers(LoraConfig.__post_init__)
-    if not hasattr(BaseTuner._check_merge_allowed, "knows_quantized"):
-        BaseTuner._check_merge_allowed = _refusing(BaseTuner._check_merge_allowed)
+    for owner, name, patch in _PATCHES:
+        original: Any = getattr(owner, name)
+        if not hasattr(original, "knows_quantized"):
+            setattr(owner, name, patch(original))
 
 
 _register()

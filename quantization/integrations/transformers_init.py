@@ -9,7 +9,7 @@ for has it too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -71,7 +71,7 @@ def keeping_codes(model: nn.Module, *_: Any, **__: Any) -> Iterator[None]:
         return
     weight, reset = QuantizedModule.weight, QuantizedModule.reset_parameters
     cls: Any = QuantizedModule
-    cls.weight = property(_marking(weight.fget), weight.fset)
+    cls.weight = property(_marked, weight.fset)
     cls.reset_parameters = _reset_what_is_missing
     try:
         yield
@@ -79,15 +79,11 @@ def keeping_codes(model: nn.Module, *_: Any, **__: Any) -> Iterator[None]:
         cls.weight, cls.reset_parameters = weight, reset
 
 
-def _marking(read: Any) -> Callable[[Any], torch.Tensor]:
-    """A getter whose tensors have the mark."""
-
-    def marked(layer: Any) -> torch.Tensor:
-        tensor: torch.Tensor = read(layer)
-        setattr(tensor, _MARK, True)
-        return tensor
-
-    return marked
+def _marked(layer: Any) -> torch.Tensor:
+    """The numbers of a layer, with the mark; code that does not ask for it may write them."""
+    numbers: torch.Tensor = layer._decoded()
+    setattr(numbers, _MARK, True)
+    return numbers
 
 
 def _reset_what_is_missing(layer: Any) -> None:

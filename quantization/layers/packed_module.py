@@ -11,9 +11,10 @@ from quantization.layers.quantized_module import QuantizedModule
 from quantization.methods.registry import Method, fit_matrix
 from quantization.methods.statistics import Statistics
 from quantization.ops.dtypes import name_of
+from quantization.ops.packed_rows import decode_rows, round_once
 from quantization.schemes.column_order import check_columns
 from quantization.schemes.layer_weights import layer_floats, pack_as
-from quantization.schemes.packed_weights import PARTS, PackedWeights, pack_matrix
+from quantization.schemes.packed_weights import OPERANDS, PARTS, PackedWeights, pack_matrix
 from quantization.schemes.scheme import Scheme, scheme_of
 
 DEFAULT_SCHEME = "w4g64a"
@@ -95,6 +96,16 @@ class PackedModule(QuantizedModule):
     def _decoded(self) -> torch.Tensor:
         weight: torch.Tensor = self.packed().dequantize(name_of(self.dtype))
         return weight
+
+    def _decoded_in_torch(self) -> torch.Tensor:
+        operands: list[Any] = [self._buffers[name] for name in OPERANDS]
+        codes, scales, steps, zeros, book = operands
+        numbers = (self._bits, self._group, self._weight_shape()[1])
+        decoded = decode_rows(codes, scales, steps, zeros, book, *numbers)
+        multipliers, order = self._buffers.get("input_scale"), self._buffers.get("input_order")
+        decoded = decoded if multipliers is None else decoded * multipliers.float()
+        decoded = decoded if order is None else decoded[:, order.argsort()]
+        return round_once(decoded, self.dtype)
 
     def packed(self) -> PackedWeights:
         """The weight as a value: scheme, shape, and the layer's own tensors, not copied.

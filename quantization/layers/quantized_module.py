@@ -13,14 +13,10 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from quantization.layers.weight_view import READ_ONLY, WeightView, can_be_viewed
 from quantization.ops.dtypes import index_of, name_of, source_of
 from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
-
-_READ_ONLY = (
-    "the weight of a quantized layer is computed from its codes and cannot be assigned; "
-    "call layer.quantize(weights) to give it other numbers"
-)
 
 
 class QuantizedModule(nn.Module):
@@ -48,30 +44,52 @@ class QuantizedModule(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The weight that the codes stand for, computed anew at each reading.
+        """The weight that the codes stand for, which can be read and not written.
 
-        A float matrix of the layer's dtype, on its device; no gradient. Libraries read it (for its
-        dtype and device, or as a whole); ``forward`` does not.
+        A float matrix of the layer's dtype, on its device; no gradient. It knows dtype, shape and
+        device at no cost; its numbers are computed, once for each reading of this attribute, when
+        an operator, NumPy or a copy asks for them. Libraries read it; ``forward`` does not. A copy
+        that can be written is ``layer.weight.clone()``.
+
+        Raises:
+            RuntimeError: at a write in place, ``layer.weight.data`` included.
 
         Example:
             >>> from quantization import PackedLinearLayer
             >>> layer = PackedLinearLayer(2, 1, dtype=torch.bfloat16)
             >>> layer.weight.dtype, layer.weight.shape
             (torch.bfloat16, torch.Size([1, 2]))
+            >>> layer.weight.zero_()  # doctest: +ELLIPSIS
+            Traceback (most recent call last):
+            ...
+            RuntimeError: the weight of a quantized layer is computed from its codes and cannot ...
         """
-        return self._decoded()
+        codes = self._buffers[self._weight_names()[0]]
+        if not can_be_viewed(codes):
+            return self._decoded_in_torch()
+        return WeightView(self._held()._decoded, self._weight_shape(), self.dtype, codes.device)
 
     @weight.setter
     def weight(self, value: Any) -> None:
         if not isinstance(value, torch.Tensor) or value.is_meta:
-            raise AttributeError(_READ_ONLY)
-        own = self.weight
+            raise AttributeError(READ_ONLY)
+        own = self._decoded()
         if value.dtype != own.dtype or not torch.equal(value, own):  # the numbers it has may come
-            raise AttributeError(_READ_ONLY)
+            raise AttributeError(READ_ONLY)
+
+    def _held(self) -> Any:
+        """A layer of the tensors that this one has now, whatever it is given later."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__, _buffers=dict(self._buffers))
+        return twin
 
     def _decoded(self) -> torch.Tensor:
-        """What :attr:`weight` gives."""
+        """The numbers of :attr:`weight`."""
         raise NotImplementedError
+
+    def _decoded_in_torch(self) -> torch.Tensor:
+        """The same by operators of torch alone, for compilers and transforms."""
+        return self._decoded()
 
     def _weight_names(self) -> tuple[str, ...]:
         """Names of the buffers that make the weight, the codes first."""
@@ -127,7 +145,7 @@ class QuantizedModule(nn.Module):
             AttributeError: for the name ``weight``.
         """
         if name == "weight":
-            raise AttributeError(_READ_ONLY)
+            raise AttributeError(READ_ONLY)
         super().register_parameter(name, param)
 
     @property
@@ -203,7 +221,7 @@ class QuantizedModule(nn.Module):
         """
         module = self._float_module("meta", self.dtype)
         with torch.inference_mode(False):
-            module.weight = nn.Parameter(self.weight)
+            module.weight = nn.Parameter(self._decoded())
             bias = getattr(self, "bias", None)
             if bias is not None:
                 module.bias = nn.Parameter(bias.detach().clone())
