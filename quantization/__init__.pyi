@@ -16,6 +16,7 @@ from quantization.checkpoint import (
     quantize_checkpoint as quantize_checkpoint,
     save_quantized as save_quantized,
 )
+from quantization.layers.float_layers import PLAIN_LINEAR as PLAIN_LINEAR
 from quantization.layers.packed_embedding import PackedEmbedding as PackedEmbedding
 from quantization.layers.packed_layer import PackedLinearLayer as PackedLinearLayer
 from quantization.linear_layer import (

@@ -103,7 +103,7 @@ def _module(old: nn.Module, name: str, *, stored: StoredLayer, bias: Any) -> nn.
 def _check_layer(name: str, layer: StoredLayer, old: nn.Module, has_bias: bool) -> None:
     is_table = layer.kind == "embedding"
     if not isinstance(old, QuantizedModule):
-        reason = (why_embedding_left if is_table else why_left)(old)
+        reason = why_embedding_left(old) if is_table else why_left(old, {type(old)})
         if reason:
             raise RestoreError(f"{name or 'the model'} cannot become a quantized layer: {reason}")
     elif isinstance(old, nn.Embedding) != is_table:

@@ -61,7 +61,7 @@ class Quantizer(HfQuantizer):
     """What transformers asks while it loads and saves; users see ``model.hf_quantizer.report``.
 
     Attributes:
-        report: what became of each layer, once a float model was quantized on loading; else None.
+        report: what became of each layer on loading; None where nothing is quantized.
     """
 
     requires_calibration = False
@@ -93,7 +93,7 @@ class Quantizer(HfQuantizer):
             self._weights = StoredWeights(model, config)
         else:
             self._weights = FloatWeights(model, config, model.config.dtype)
-            self.report = self._weights.report
+        self.report = self._weights.report
         return model
 
     # ---- each weight -------------------------------------------------------------------------

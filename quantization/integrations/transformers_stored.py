@@ -17,6 +17,7 @@ from quantization.layers.quantized_module import QuantizedModule, check_incoming
 from quantization.models.quantizer import form_of, quantize_model
 from quantization.schemes.column_order import COLUMN_PARTS, check_columns
 from quantization.swap.experts import bare_experts, unfuse_experts
+from quantization.swap.report import ReplacementReport
 from quantization.swap.walker import walk
 
 __all__ = ["StoredWeights", "state_dict_of"]
@@ -68,8 +69,12 @@ class StoredWeights:
             unfuse_experts(model)
         names = _names_in(model, config.layers)
         forms = {own: config.layers[name] for name, own in names.items()}
+        self.report: ReplacementReport | None = None
         if forms:
-            quantize_model(model, rules_of(forms), untie=True)
+            kinds = {type(model.get_submodule(name)) for name in forms}
+            plain = [kind for kind in kinds if issubclass(kind, nn.Linear)]
+            recipe = rules_of(forms)
+            self.report = quantize_model(model, recipe, untie=True, plain_linear=plain)
         layers = {name: model.get_submodule(name) for name in forms}
         _check_layers(layers, forms)
         self._ties = _ties_in(model, config.ties, names)

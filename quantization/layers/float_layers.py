@@ -5,11 +5,19 @@ This file knows torch.nn and nothing else of the package.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+#: Subclasses of nn.Linear that are known to compute ``x W^T + bias`` and nothing else, by dotted
+#: name. A class of your own belongs here, or in ``plain_linear=`` of a call.
+PLAIN_LINEAR: set[str | type[nn.Module]] = {
+    "transformers.models.falcon.modeling_falcon.FalconLinear",
+    "transformers.models.esm.modeling_esmfold.EsmFoldLinear",
+}
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -65,22 +73,80 @@ def float_parts(linear: nn.Module) -> tuple[torch.Tensor, torch.Tensor | None]:
     return (weight.t() if is_conv1d(linear) else weight), bias
 
 
-def why_left(module: Any) -> str | None:
+def is_plain_linear(module: nn.Module, more: Collection[str | type[nn.Module]] = ()) -> bool:
+    """Whether it is nn.Linear, or a subclass that is known to compute the same.
+
+    Args:
+        module: any.
+        more: classes that are known too, or their names, dotted or bare.
+
+    Example:
+        >>> class Mine(nn.Linear): ...
+        >>> is_plain_linear(Mine(2, 3)), is_plain_linear(Mine(2, 3), [Mine])
+        (False, True)
+        >>> is_plain_linear(Mine(2, 3), ["Mine"])
+        True
+    """
+    cls = type(module)
+    if cls is nn.Linear:
+        return True
+    names = {cls, f"{cls.__module__}.{cls.__qualname__}"}
+    known = not names.isdisjoint(PLAIN_LINEAR) or not (names | {cls.__name__}).isdisjoint(more)
+    return known and isinstance(module, nn.Linear)
+
+
+def plain_classes(plain_linear: Any) -> tuple[str | type[nn.Module], ...]:
+    """One class or several, or their names, as a tuple.
+
+    Raises:
+        TypeError: for anything else.
+
+    Example:
+        >>> plain_classes("FalconLinear")
+        ('FalconLinear',)
+    """
+    single = isinstance(plain_linear, str) or not isinstance(plain_linear, Iterable)
+    classes = (plain_linear,) if single else tuple(plain_linear)
+    for one in classes:
+        if not isinstance(one, str) and not (isinstance(one, type) and issubclass(one, nn.Linear)):
+            raise TypeError(f"plain_linear has {one!r:.60}; give subclasses of nn.Linear, or names")
+    return classes
+
+
+def as_linear(module: nn.Module) -> nn.Module:
+    """An nn.Linear of the Parameters of a subclass of it; any other module as it is.
+
+    Example:
+        >>> class Mine(nn.Linear): ...
+        >>> as_linear(Mine(2, 3))
+        Linear(in_features=2, out_features=3, bias=True)
+    """
+    if type(module) is nn.Linear or not isinstance(module, nn.Linear):
+        return module
+    sizes = (module.in_features, module.out_features)
+    linear = nn.Linear(*sizes, bias=module.bias is not None, device="meta")
+    linear.weight, linear.bias = module.weight, module.bias
+    return linear.train(module.training)
+
+
+def why_left(module: Any, plain_linear: Collection[str | type[nn.Module]] = ()) -> str | None:
     """Why a module cannot be converted, in words, with the remedy where there is one; else None.
+
+    Args:
+        module: any.
+        plain_linear: as ``more`` of :func:`is_plain_linear`.
 
     Example:
         >>> why_left(nn.Linear(2, 3))
         >>> why_left(nn.LazyLinear(3))
         'lazy: it has no weight yet; run the model once on an input first'
     """
-    for reason in (_why_class, _why_rewritten, _why_extras, _why_weight):
-        text = reason(module)
-        if text is not None:
-            return text
-    return None
+    reason = _why_class(module, plain_linear)
+    reasons = (why(module) for why in (_why_rewritten, _why_extras, _why_weight))
+    return reason or next(filter(None, reasons), None)
 
 
-def _why_class(module: Any) -> str | None:
+def _why_class(module: Any, plain_linear: Collection[str | type[nn.Module]] = ()) -> str | None:
     if not isinstance(module, nn.Module):
         return f"{module!r} is not a torch.nn.Module"
     if is_script(module):
@@ -96,11 +162,14 @@ def _why_class(module: Any) -> str | None:
         )
     if type(module) is nn.modules.linear.NonDynamicallyQuantizableLinear:
         return "nn.MultiheadAttention reads this weight itself and never calls the layer"
-    if type(module) is nn.Linear or is_conv1d(module):
+    if is_plain_linear(module, plain_linear) or is_conv1d(module):
         return None
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if isinstance(module, nn.Linear):
-        return f"{kind} is a subclass of nn.Linear: its forward may do more than a matrix product"
+        return (
+            f"{kind} is a subclass of nn.Linear: its forward may do more than a matrix product; "
+            f"if it does not, say so by plain_linear={type(module).__name__}"
+        )
     return f"{kind} is not nn.Linear"
 
 

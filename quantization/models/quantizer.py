@@ -9,7 +9,13 @@ from typing import Any
 from torch import nn
 
 from quantization.console.progress import Progress
-from quantization.layers.float_layers import looks_linear, why_embedding_left, why_left
+from quantization.layers.float_layers import (
+    as_linear,
+    looks_linear,
+    plain_classes,
+    why_embedding_left,
+    why_left,
+)
 from quantization.layers.int8_layer import QWQALinearLayer
 from quantization.layers.packed_embedding import PackedEmbedding
 from quantization.layers.packed_layer import PackedLinearLayer
@@ -22,9 +28,14 @@ from quantization.swap import walker
 from quantization.swap.conversion import memory_of, weight_of
 from quantization.swap.engine import Layer, swap
 from quantization.swap.experts import bare_experts, left_experts
+from quantization.swap.other_layers import why_other
 from quantization.swap.patterns import Pattern, match_patterns
 from quantization.swap.report import ReplacementReport
 from quantization.swap.walker import Site
+
+#: Classes, or their names, that :func:`quantization.layers.float_layers.is_plain_linear` is told.
+Plain = tuple[str | type[nn.Module], ...]
+PlainLinear = str | type[nn.Module] | Iterable[str | type[nn.Module]]
 
 __all__ = ["dequantize_model", "form_of", "make_layer", "quantize_model"]
 
@@ -39,10 +50,12 @@ def quantize_model(
     nonfinite: str = "raise",
     statistics: Mapping[str, Statistics] | None = None,
     progress: Progress | bool | None = None,
+    plain_linear: PlainLinear = (),
 ) -> ReplacementReport:
     """Put packed layers in the place of a model's layers, in place, each by the scheme of its rule.
 
-    Linear layers: modules of exactly the type nn.Linear, and transformers' Conv1D. Which others
+    Linear layers: modules of exactly the type nn.Linear, subclasses that are known to compute the
+    same (``plain_linear``), and transformers' Conv1D. Which others
     are left and why, what is carried over and what shared modules become is as
     :func:`quantization.replace_linear_layers_with_w8a16` has it, and the report says it all.
 
@@ -55,7 +68,9 @@ def quantize_model(
     for their type asks for another scheme: ``{PackedLinearLayer: "w4g64a"}``.
 
     Bare Parameters of three dimensions (the fused experts of transformers' mixtures) are reported
-    as left; :func:`quantization.unfuse_experts` makes linear layers of those it knows.
+    as left; :func:`quantization.unfuse_experts` makes linear layers of those it knows. So are other
+    layers that hold matrices: convolutions of kernel 1, bilinear and recurrent ones. They are
+    named with their share of the parameters, and are no reason for ``strict`` to refuse.
 
     On any error, an interrupt included, the model is exactly as it was.
 
@@ -79,6 +94,9 @@ def quantize_model(
             :func:`quantization.calibrate`. For methods that use them; a layer without them is
             fitted as if its columns counted the same, and the report says so.
         progress: True for a bar on stderr, or a function that is called with (done, total) layers.
+        plain_linear: subclasses of nn.Linear, or their names, that compute ``x W^T + bias`` and
+            nothing else, as nobody but you can know of your own. They become the same layers.
+            :data:`quantization.PLAIN_LINEAR` has those that are known without (Falcon's).
 
     Returns:
         A report of every layer: its scheme and bits a weight, or why it was left; bytes before and
@@ -106,7 +124,9 @@ each
     """
     _check_model(model)
     sites = list(walker.walk(model))
-    layers = _find(sites, Rules(recipe, sites), match_patterns(sites, exclude), nonfinite)
+    rules = Rules(recipe, sites)
+    excluded, plain = match_patterns(sites, exclude), plain_classes(plain_linear)
+    layers = _find(sites, rules, excluded, nonfinite, plain)
     _hand_out(layers, statistics)
     return swap(
         sites,
@@ -177,10 +197,12 @@ def _dequantized(old: Any, name: str) -> nn.Module:
 _REPORTED = (QuantizedModule, nn.Embedding)
 
 
-def _find(sites: list[Site], rules: Rules, excluded: dict[int, str], nonfinite: str) -> list[Layer]:
+def _find(
+    sites: list[Site], rules: Rules, excluded: dict[int, str], nonfinite: str, plain: Plain
+) -> list[Layer]:
     """Every layer that the report is to speak of once, in the order of the model."""
     adapters = walker.adapters(sites)
-    bare = bare_experts(sites)
+    bare, others = bare_experts(sites), why_other(sites)
     layers: dict[tuple[int, str], Layer] = {}
     for site in sites:
         module, key = site.module, (id(site.module), "")
@@ -192,11 +214,13 @@ def _find(sites: list[Site], rules: Rules, excluded: dict[int, str], nonfinite: 
             layers[key].names.append(site.name)
         elif isinstance(module, _REPORTED) or looks_linear(module):
             layer = Layer(module, [site.name])
-            if _decide(layer, rules, excluded, adapters, nonfinite):
+            if _decide(layer, rules, excluded, adapters, nonfinite, plain):
                 layers[key] = layer
+        elif id(module) in others:
+            layers[key] = Layer(module, [site.name], "left", others[id(module)], is_other=True)
     found = list(layers.values())
     left_experts(found, sites)
-    _decide_experts(found, rules, excluded)
+    _exclude(found, rules, excluded)
     _note_untied(found)
     return found
 
@@ -207,6 +231,7 @@ def _decide(
     excluded: dict[int, str],
     adapters: dict[int, str],
     nonfinite: str,
+    plain: Plain,
 ) -> bool:
     """What becomes of a layer and why; False where there is nothing to say of it."""
     module = layer.module
@@ -221,8 +246,9 @@ def _decide(
     elif rule is not None and rule.scheme is None:
         layer.status, layer.reason = "excluded", f"by the rule {rule}"
     else:
-        find_reason = why_embedding_left if is_embedding else why_left
-        reason = adapters.get(id(module)) or find_reason(module)
+        reason = adapters.get(id(module)) or (
+            why_embedding_left(module) if is_embedding else why_left(module, plain)
+        )
         if rule is None:
             reason = reason or "no rule of the recipe matches it"
         layer.status, layer.reason = ("left", reason) if reason else ("replaced", "")
@@ -262,10 +288,10 @@ def _decide_quantized(layer: Layer, module: QuantizedModule, rule: Line | None) 
         layer.reason = f"a rule for the type {type(module).__name__} would make it {wanted}"
 
 
-def _decide_experts(layers: list[Layer], rules: Rules, excluded: dict[int, str]) -> None:
-    """Bare Parameters are left, or excluded as the module that holds them is."""
+def _exclude(layers: list[Layer], rules: Rules, excluded: dict[int, str]) -> None:
+    """Bare Parameters and other layers are left, or excluded as the module that holds them is."""
     for layer in layers:
-        if not layer.parameter:
+        if not (layer.parameter or layer.is_other):
             continue
         rule = rules.for_linear(layer.module)
         if id(layer.module) in excluded:
@@ -303,14 +329,14 @@ def make_layer(
     if scheme == W8A16:
         if isinstance(old, PackedLinearLayer):
             return old.to_int8()
-        return QWQALinearLayer.from_float(old, nonfinite=nonfinite, name=name)
+        return QWQALinearLayer.from_float(as_linear(old), nonfinite=nonfinite, name=name)
     if isinstance(old, QuantizedModule):
         return old.to_scheme(scheme)
     cls = PackedEmbedding if isinstance(old, nn.Embedding) else PackedLinearLayer
     fitting: dict[str, Any] = {"method": method}
     if statistics is not None:
         fitting["statistics"] = statistics()
-    return cls.from_float(old, scheme, nonfinite=nonfinite, name=name, **fitting)
+    return cls.from_float(as_linear(old), scheme, nonfinite=nonfinite, name=name, **fitting)
 
 
 def form_of(layer: QuantizedModule) -> Scheme | str | None:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantization.layers.float_layers import float_parts, is_conv1d
+from quantization.layers.float_layers import as_linear, float_parts, is_conv1d
 from quantization.layers.quantized_linear import accepted
 from quantization.layers.quantized_module import QuantizedModule
 
@@ -73,6 +73,7 @@ def layer_maker(cls: type[nn.Module], quantize: bool, nonfinite: str) -> Maker:
 
     def make(old: nn.Module, name: str) -> nn.Module:
         options = {"nonfinite": nonfinite, "name": name}
+        old = as_linear(old)
         if quantize and hasattr(cls, "from_float"):
             return cls.from_float(old, **accepted(cls.from_float, **options))
         return _construct(old, cls, quantize, options)

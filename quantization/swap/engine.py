@@ -35,6 +35,7 @@ class Layer:
         make: how to build what comes in its place, where the status is ``"replaced"``.
         new: what was built.
         parameter: the key of a bare Parameter that this is about instead.
+        is_other: it is no linear layer; it is named, and no reason for ``strict`` to refuse.
     """
 
     module: nn.Module
@@ -44,6 +45,7 @@ class Layer:
     make: Maker | None = None
     new: nn.Module | None = None
     parameter: str = ""
+    is_other: bool = False
 
     @property
     def now(self) -> nn.Module:
@@ -135,7 +137,7 @@ def tensors_of(sites: Iterable[Site]) -> Iterable[tuple[str, torch.Tensor, nn.Mo
 
 
 def _refuse_left(layers: list[Layer], noun: str) -> None:
-    left = [layer for layer in layers if layer.status == "left"]
+    left = [layer for layer in layers if layer.status == "left" and not layer.is_other]
     if left:
         lines = [f"  {layer.names[0] or '(the model)'}: {layer.reason}" for layer in left]
         raise ValueError(
@@ -145,12 +147,13 @@ def _refuse_left(layers: list[Layer], noun: str) -> None:
 
 
 def _warn_if_nothing_to_do(layers: list[Layer], noun: str) -> None:
-    if any(layer.status != "left" for layer in layers):
+    left = [layer for layer in layers if layer.status == "left"]
+    if any(layer.status in ("replaced", "already") for layer in layers) or (layers and not left):
         return
     why = f"the model has no {noun}"
-    if layers:
-        why = f"{layers[0].names[0] or 'the model'} is {layers[0].reason}"
-        why += f", and {len(layers) - 1} more in the report" if len(layers) > 1 else ""
+    if left:
+        why = f"{left[0].names[0] or 'the model'} is {left[0].reason}"
+        why += f", and {len(left) - 1} more in the report" if len(left) > 1 else ""
     warnings.warn(f"no layer was replaced: {why}", stacklevel=4)
 
 

@@ -6,10 +6,11 @@ Here the layers are found; :mod:`quantization.swap.engine` builds the new ones a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch import nn
 
-from quantization.layers.float_layers import looks_linear, why_left
+from quantization.layers.float_layers import looks_linear, plain_classes, why_left
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.swap import walker
 from quantization.swap.conversion import layer_maker
@@ -36,6 +37,7 @@ def replace_linear_layers_with_w8a16(
     strict: bool = False,
     untie: bool = False,
     nonfinite: str = "raise",
+    plain_linear: Any = (),
 ) -> ReplacementReport:
     """Replace the linear layers of a model by quantized ones, in place, however deep they are.
 
@@ -65,6 +67,7 @@ def replace_linear_layers_with_w8a16(
             head tied to its embedding). The model then grows by the codes; by default such a layer
             is left and stays tied.
         nonfinite: ``"raise"``, or ``"mark"``: a row with a NaN or infinity becomes a row of NaN.
+        plain_linear: as for :func:`quantization.quantize_model`.
 
     Returns:
         A report of every linear layer: replaced, or left and why, and bytes before and after.
@@ -92,14 +95,17 @@ def replace_linear_layers_with_w8a16(
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a model (a torch.nn.Module instance), not {module!r}")
     sites = list(walker.walk(module))
-    layers = _find(sites, cls, match_patterns(sites, module_names_to_exclude))
+    excluded = match_patterns(sites, module_names_to_exclude)
+    layers = _find(sites, cls, excluded, plain_classes(plain_linear))
     make = layer_maker(cls, quantize, nonfinite)
     for layer in layers:
         layer.make = make
     return swap(sites, layers, cls, strict=strict, untie=untie, quantized=quantize)
 
 
-def _find(sites: list[Site], cls: type[nn.Module], excluded: dict[int, str]) -> list[Layer]:
+def _find(
+    sites: list[Site], cls: type[nn.Module], excluded: dict[int, str], plain: tuple[Any, ...]
+) -> list[Layer]:
     """Every linear layer once, in the order of the model."""
     adapters = walker.adapters(sites)
     targets = {id(site.module): "" for site in sites if isinstance(site.module, cls)}
@@ -116,13 +122,13 @@ def _find(sites: list[Site], cls: type[nn.Module], excluded: dict[int, str]) -> 
         elif key in excluded:
             layers[key] = Layer(module, [site.name], "excluded", f"by {excluded[key]}")
         else:
-            reason = adapters.get(key) or _why_left(module) or ""
+            reason = adapters.get(key) or _why_left(module, plain) or ""
             layers[key] = Layer(module, [site.name], "left" if reason else "replaced", reason)
     return list(layers.values())
 
 
-def _why_left(module: nn.Module) -> str | None:
+def _why_left(module: nn.Module, plain: tuple[Any, ...]) -> str | None:
     if isinstance(module, QuantizedModule):
         kind = type(module).__name__
         return f"quantized already, as a {kind}: dequantize_model makes it float again"
-    return why_left(module)
+    return why_left(module, plain)
