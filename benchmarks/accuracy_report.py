@@ -62,7 +62,7 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _where(facts: dict[str, Any]) -> str:
     """The machine in a few words."""
-    return ", ".join(str(facts[name]) for name in ("processor", "torch", "date") if name in facts)
+    return f"{facts.get('processor', 'an unknown processor')}, torch {facts.get('torch', '?')}"
 
 
 def _table(rows: list[dict[str, Any]]) -> list[str]:
