@@ -5,6 +5,10 @@ method         what it makes least                                              
 =============  ====================================================================  ============
 ``rtn``        nothing: scales from the range, codes rounded to nearest              -
 ``lsq``        squared error, over scales and zero points                            -, moments
+``hqq``        errors to the power 0.7, over zero points                             -
+``sinq``       imbalance of rows and columns; needs multipliers (``+cols``)          -
+``sinq_lsq``   squared error of what ``sinq`` gives, over scales and zero points     -, moments
+``awq``        squared error, over powers of the inputs' size; needs ``+cols``       moments
 =============  ====================================================================  ============
 
 A method is a function ``(weight, scheme, statistics) -> PackedWeights``: ``weight`` ``[out, in]``
@@ -18,6 +22,8 @@ from typing import Any
 
 import numpy as np
 
+from quantization.methods.columns import awq, sinq, sinq_lsq
+from quantization.methods.hqq import hqq
 from quantization.methods.lsq import lsq
 from quantization.methods.statistics import Statistics
 from quantization.ops import native
@@ -48,7 +54,14 @@ def rtn(weight: Tensor, scheme: Scheme, statistics: Statistics | None = None) ->
     return pack_matrix(weight, scheme, importance=statistics.moments)
 
 
-_METHODS: dict[str, Method] = {"rtn": rtn, "lsq": lsq}
+_METHODS: dict[str, Method] = {
+    "rtn": rtn,
+    "lsq": lsq,
+    "hqq": hqq,
+    "sinq": sinq,
+    "sinq_lsq": sinq_lsq,
+    "awq": awq,
+}
 
 
 def register_method(name: str, function: Method) -> Method:
