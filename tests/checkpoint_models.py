@@ -138,17 +138,18 @@ import json, re, sys
 from quantization import quantize_checkpoint
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1])
-source, target, small, recipe = *sys.argv[1:4], json.loads(sys.argv[4])
+source, target, small = sys.argv[1:4]
+recipe, options = json.loads(sys.argv[4])
 quantize_checkpoint(small, target + "-warm", "w4")
 before = peak()
-quantize_checkpoint(source, target, recipe)
+quantize_checkpoint(source, target, recipe, **options)
 print(peak() - before)
 """
 
 
-def peak_of_streaming(source: Path, target: Path, small: Path, recipe: Any) -> int:
+def peak_of_streaming(source: Path, target: Path, small: Path, recipe: Any, **options: Any) -> int:
     """Bytes by which the peak of a fresh process grows, after it streamed a small folder."""
-    arguments = [*map(str, (source, target, small)), json.dumps(recipe)]
+    arguments = [*map(str, (source, target, small)), json.dumps([recipe, options])]
     run = subprocess.run(
         [sys.executable, "-c", PEAK, *arguments], capture_output=True, text=True, check=False
     )

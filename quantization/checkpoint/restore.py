@@ -17,6 +17,7 @@ from quantization.layers.quantized_module import QuantizedModule
 from quantization.ops.dtypes import SOURCES, name_of
 from quantization.swap.conversion import convert
 from quantization.swap.engine import Store, assign, stores_of, tensors_of
+from quantization.swap.experts import UnfusedExperts, bare_experts, why_fused
 from quantization.swap.walker import Site, walk
 
 __all__ = ["RestoreError", "restore_model"]
@@ -34,7 +35,8 @@ def restore_model(stored: StoredModel, model: nn.Module) -> nn.Module:
     Tensors are assigned, not copied: where the stored ones are views of a file, so are the model's
     afterwards. Layers of the stored names become quantized ones, with hooks, training flag and
     attributes of those that were there; dtypes are those stored; Parameters stay Parameters, and
-    ``requires_grad`` stays. What is tied in the stored model is tied afterwards.
+    ``requires_grad`` stays. What is tied in the stored model is tied afterwards. Fused experts
+    whose layers are stored one by one are unfused, as :func:`quantization.unfuse_experts` does.
 
     Args:
         stored: of a reader, or of :func:`quantization.checkpoint.stored_model.stored_model`.
@@ -60,12 +62,31 @@ def restore_model(stored: StoredModel, model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model (a torch.nn.Module instance), not {model!r:.60}")
     inner = unwrapped(model)
-    sites = list(walk(inner))
-    made = _layers(stored, sites)
-    stores = _tensor_stores(stored, sites, made)
-    _refuse_meta(sites, made, stores)
+    unfused = _unfused(stored, list(walk(inner)))
+    assign(unfused)
+    try:
+        sites = list(walk(inner))
+        made = _layers(stored, sites)
+        stores = _tensor_stores(stored, sites, made)
+        _refuse_meta(sites, made, stores)
+    except BaseException:
+        assign([(mapping, name, old, new) for mapping, name, new, old in unfused])
+        raise
     assign(stores + stores_of(sites, made))
     return made.get(id(inner), model)
+
+
+def _unfused(stored: StoredModel, sites: list[Site]) -> list[Store]:
+    """What gives experts, fused in the model, the linear layers that are stored for them."""
+    keys = (key.split(".") for key in (*stored.layers, *stored.tensors))
+    paths = {".".join(key[:i]) for key in keys for i, part in enumerate(key) if part == "0"}
+    bare = bare_experts(sites)
+    made: dict[int, nn.Module] = {}
+    for site in sites:
+        here = id(site.module)
+        if here in bare and here not in made and site.name in paths and not why_fused(site.module):
+            made[here] = UnfusedExperts(site.module)
+    return stores_of(sites, made)
 
 
 def _layers(stored: StoredModel, sites: list[Site]) -> dict[int, nn.Module]:
@@ -177,7 +198,8 @@ def _check_tensor(key: str, stored: Any, old: torch.Tensor) -> None:
             f"{key} is stored with shape {stored.shape}; the model's is {tuple(old.shape)}"
         )
     is_float = getattr(torch, stored.dtype).is_floating_point
-    if is_float != old.is_floating_point():
+    is_counter = key.endswith("num_batches_tracked")  # which transformers may load as a float
+    if is_float != old.is_floating_point() and not is_counter:
         raise RestoreError(
             f"{key} is stored as {stored.dtype}; the model's is {name_of(old.dtype)}"
         )

@@ -11,7 +11,11 @@ from torch import nn
 from quantization.checkpoint.format import CONFIG
 from quantization.checkpoint.reading import read_checkpoint
 from quantization.checkpoint.restore import restore_model
-from quantization.checkpoint.skeleton import skeleton_of_config
+from quantization.checkpoint.source.skeleton import (
+    first_float,
+    is_of_transformers,
+    skeleton_of_config,
+)
 from quantization.checkpoint.stored_model import stored_model, unwrapped
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, write_checkpoint
 
@@ -113,10 +117,12 @@ def load_quantized(
     """
     stored = read_checkpoint(folder, verify=verify)
     if model is None:
-        if stored.config is None:
+        if stored.config is None or not is_of_transformers(stored.config):
+            kind = "" if stored.config is None else " of transformers"
             raise ValueError(
-                f"{folder} has no {CONFIG} that would tell the class of the model: give the model, "
-                "float or on meta, as load_quantized(folder, model)"
+                f"{folder} has no {CONFIG}{kind} that would tell the class of the model: give the "
+                "model, float or on meta, as load_quantized(folder, model)"
             )
-        model = skeleton_of_config(folder)
+        dtypes = (tensor.dtype for tensor in stored.tensors.values())
+        model = skeleton_of_config(folder, first_float(dtypes))
     return restore_model(stored, model)

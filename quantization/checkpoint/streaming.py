@@ -32,9 +32,9 @@ from torch import nn
 from quantization.checkpoint.disk.files import free_place, put_in_place, sync
 from quantization.checkpoint.disk.json_files import CheckpointError, read_json
 from quantization.checkpoint.disk.safetensors_files import TensorFile
-from quantization.checkpoint.float_source import FloatSource, open_source
 from quantization.checkpoint.format import VERSION, FileRecord
 from quantization.checkpoint.reading import check_hashes, check_record
+from quantization.checkpoint.source.float_source import FloatSource, open_source
 from quantization.checkpoint.unfinished import FILES, keep_only, partial_folder, unfinished
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, Shard, finish, plan_shards, write_shard
 from quantization.models.recipe import Recipe
@@ -56,6 +56,7 @@ def quantize_checkpoint(
     exclude: Pattern | Iterable[Pattern] = (),
     model: nn.Module | None = None,
     nonfinite: str = "raise",
+    unfuse_experts: bool = False,
     overwrite: bool = False,
     restart: bool = False,
     workers: int = 1,
@@ -73,15 +74,20 @@ def quantize_checkpoint(
 
     Args:
         source: a folder with safetensors files, single or sharded, or one file. A ``config.json``
-            of transformers tells the class of the model; without one, layers are told by names and
-            shapes. It is only read. What is not weights comes along, sub-folders too, as
-            :func:`quantization.checkpoint.float_source.inner_files` says; a warning names the rest.
+            of transformers tells the class of the model, whose tensors are made of those of the
+            files as transformers makes them (5.22 or later); without one (a folder of diffusers,
+            say), layers are told by names and shapes. It is only read. What is not weights comes
+            along, sub-folders too, as
+            :func:`quantization.checkpoint.source.companions.inner_files` says; a warning names the
+            rest.
         destination: the folder to write; made with its parents.
         recipe: as for :func:`quantization.quantize_model`.
         exclude: as for :func:`quantization.quantize_model`.
         model: a model of the source's keys, on meta, in place of the class that is looked up; it is
             changed.
         nonfinite: as for :func:`quantization.quantize_model`.
+        unfuse_experts: give each expert of fused ones linear layers, as
+            :func:`quantization.unfuse_experts` does; one expert is read at a time.
         overwrite: replace a destination that is there, once the new one is complete.
         restart: throw away what an earlier run finished.
         workers: processes of this machine, which share torch's threads. With ``torchrun``: 1.
@@ -117,7 +123,7 @@ def quantize_checkpoint(
         raise ValueError(f"workers is {workers}; it must be 1 or more")
     if workers > 1 and model is not None:
         raise ValueError("workers build the model themselves: give no model, or workers=1")
-    options = {"exclude": exclude, "nonfinite": nonfinite}
+    options = {"exclude": exclude, "nonfinite": nonfinite, "unfuse_experts": unfuse_experts}
     if workers > 1:
         _check_picklable(recipe, exclude)
     planned = _apart(open_source(source, recipe, model=model, **options), destination)

@@ -167,6 +167,7 @@ def write_shard(
             tensor = stored.tensors[key].load()
             writer.write(key, tensor)
             advance(key, tensor.nbytes)
+            del tensor  # before the next is read
         return FileRecord(writer.nbytes, writer.header_sha256, writer.sha256)
 
 

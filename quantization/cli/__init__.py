@@ -113,6 +113,8 @@ def _add_quantize(quantize: argparse.ArgumentParser, plan: argparse.ArgumentPars
         add("--exclude", action="append", default=[], metavar="PATTERN", help="leave in float")
         nonfinite = "what a NaN or infinity does: an error, or NaN for its group (default: raise)"
         add("--nonfinite", choices=("raise", "mark"), default="raise", help=nonfinite)
+        unfuse = "quantize fused experts (mixtures) too, each as layers of its own"
+        add("--unfuse-experts", action="store_true", help=unfuse)
     add = quantize.add_argument
     add("--dry-run", action="store_true", help="print the plan, write nothing")
     add("--overwrite", action="store_true", help="replace the destination once all is written")

@@ -14,8 +14,8 @@ from typing import Any
 from quantization import checkpoint
 from quantization.checkpoint.disk.safetensors_files import TensorFolder
 from quantization.checkpoint.disk.stored_tensor import nbytes_of
-from quantization.checkpoint.float_source import open_source
 from quantization.checkpoint.format import FILE
+from quantization.checkpoint.source.float_source import open_source
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.cli.bench import bench_layers
 from quantization.cli.output import Output
@@ -66,6 +66,7 @@ def _quantize(options: argparse.Namespace, out: Output) -> dict[str, Any]:
             _recipe(options),
             exclude=options.exclude,
             nonfinite=options.nonfinite,
+            unfuse_experts=options.unfuse_experts,
             overwrite=options.overwrite,
             restart=options.restart,
             workers=options.workers,
@@ -79,7 +80,11 @@ def _quantize(options: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 def _plan(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     source = open_source(
-        options.source, _recipe(options), exclude=options.exclude, nonfinite=options.nonfinite
+        options.source,
+        _recipe(options),
+        exclude=options.exclude,
+        nonfinite=options.nonfinite,
+        unfuse_experts=options.unfuse_experts,
     )
     _show_report(source.report, out)
     for key in source.dropped:

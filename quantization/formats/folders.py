@@ -14,9 +14,9 @@ from typing import Any
 from quantization.checkpoint.disk.json_files import read_json
 from quantization.checkpoint.disk.safetensors_files import TensorFolder
 from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
-from quantization.checkpoint.float_source import assets_of, inner_files
 from quantization.checkpoint.format import CONFIG
-from quantization.checkpoint.skeleton import skeleton_of_config
+from quantization.checkpoint.source.companions import assets_of, inner_files
+from quantization.checkpoint.source.skeleton import skeleton_of_config
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.formats.errors import FormatError
 from quantization.numerics.granularity import Granularity, PerGroup

@@ -60,23 +60,33 @@ def keeping_codes(model: nn.Module, *_: Any, **__: Any) -> Iterator[None]:
     """For the time of drawing, let quantized layers be what float ones that were read are.
 
     Their weight has the mark, and ``reset_parameters`` is that of the float layer, which leaves
-    alone what has it.
+    alone what has it. A bias is a Parameter: some families ask a layer's first for its dtype.
 
     Example:
         >>> with keeping_codes(nn.Linear(8, 8)):
         ...     pass
     """
-    if not any(isinstance(module, QuantizedModule) for module in model.modules()):
+    layers = [module for module in model.modules() if isinstance(module, QuantizedModule)]
+    if not layers:
         yield
         return
+    buffers = [(layer, dict(layer._buffers)) for layer in layers]
     weight, reset = QuantizedModule.weight, QuantizedModule.reset_parameters
     cls: Any = QuantizedModule
     cls.weight = property(_marked, weight.fset)
     cls.reset_parameters = _reset_what_is_missing
     try:
+        for layer, own in buffers:
+            if own.get("bias") is not None:
+                bias = layer._parameters["bias"] = nn.Parameter(layer._buffers.pop("bias"), False)
+                setattr(bias, _MARK, is_initialized(own["bias"]))
         yield
     finally:
         cls.weight, cls.reset_parameters = weight, reset
+        for layer, own in buffers:
+            if "bias" in own and "bias" not in layer._buffers:
+                del layer._parameters["bias"]
+            layer._buffers.update(own)
 
 
 def _marked(layer: Any) -> torch.Tensor:

@@ -8,6 +8,7 @@ end are taken off the list; two quantized layers of one weight hold the same cod
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -40,14 +41,20 @@ def _restrict(model: PreTrainedModel) -> None:
     kept = {t: s for t, s in listed.items() if _is_float(model, t) and _is_float(model, s)}
     if len(kept) < len(listed):
         model.all_tied_weights_keys = kept
-        model._tied_weights_keys = dict(kept)
+        _list(model, kept)
     elif "_tied_weights_keys" in model.__dict__ and not _has_quantized(model):
         del model._tied_weights_keys  # that of the class shows again
         fresh = model.get_expanded_tied_weights_keys(all_submodels=True)
         kept |= {t: s for t, s in fresh.items() if _is_one(model, t, s)}
         model.all_tied_weights_keys = kept
         if kept != fresh:
-            model._tied_weights_keys = dict(kept)
+            _list(model, kept)
+
+
+def _list(model: PreTrainedModel, kept: Mapping[str, str]) -> None:
+    """What the model ties when it is told to tie anew; some classes compute that each time."""
+    with suppress(AttributeError):
+        model._tied_weights_keys = dict(kept)
 
 
 def _has_quantized(model: nn.Module) -> bool:

@@ -22,8 +22,8 @@ from quantization import load_quantized, quantize_checkpoint, quantize_model, sa
 from quantization.checkpoint import streaming
 from quantization.checkpoint.disk.files import new_folder
 from quantization.checkpoint.disk.json_files import CheckpointError, parse_json
-from quantization.checkpoint.float_source import open_source
 from quantization.checkpoint.format import sealed
+from quantization.checkpoint.source.float_source import open_source
 from tests.checkpoint_models import files_of, float_folder, peak_of_streaming
 from tests.unittest_bridge import pytest_cases
 
@@ -61,7 +61,7 @@ def test_planning_takes_time_in_proportion_to_the_tensors(tmp_path: Path, monkey
     save_file(tensors, tmp_path / "float.safetensors")
     built = []
     monkeypatch.setattr(
-        "quantization.checkpoint.float_source.set",
+        "quantization.checkpoint.source.float_source.set",
         lambda *values: built.append(1) or set(*values),
         raising=False,
     )

@@ -23,7 +23,7 @@ from quantization import (
     save_quantized,
 )
 from quantization.checkpoint import CheckpointError
-from quantization.checkpoint.skeleton import skeleton_of_names
+from quantization.checkpoint.source.skeleton import skeleton_of_names
 from tests.checkpoint.streaming_calls import RULES
 from tests.checkpoint_models import bytes_of, files_of, float_folder, peak_of_streaming
 from tests.unittest_bridge import pytest_cases
@@ -57,7 +57,7 @@ def tensors_of(folder: Path) -> dict[str, bytes]:
 def test_the_bits_are_those_of_the_model_quantized_whole(
     recipe, dtype: torch.dtype, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr("quantization.checkpoint.float_source._BLOCK_BYTES", 2000)
+    monkeypatch.setattr("quantization.checkpoint.source.float_source._BLOCK_BYTES", 2000)
     source = float_folder(tmp_path / "float", dtype=dtype)
     report = quantize_checkpoint(source, tmp_path / "new", recipe)
     model = whole(source, recipe)
@@ -143,7 +143,7 @@ def test_keys_the_model_lacks_are_left_out_and_said(tmp_path: Path) -> None:
 
 
 def test_nan_is_named_or_marked(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr("quantization.checkpoint.float_source._BLOCK_BYTES", 2000)
+    monkeypatch.setattr("quantization.checkpoint.source.float_source._BLOCK_BYTES", 2000)
     weight = torch.randn(64, 96)
     weight[50, 7] = torch.nan
     save_file({"a.weight": weight}, tmp_path / "float.safetensors")

@@ -181,7 +181,7 @@ def test_as_a_process(tmp_path: Path) -> None:
 
 def _skeleton(source: Path) -> nn.Module:
     from quantization.checkpoint.disk.safetensors_files import TensorFolder
-    from quantization.checkpoint.skeleton import skeleton_of_names
+    from quantization.checkpoint.source.skeleton import skeleton_of_names
 
     files = TensorFolder(source)
     return skeleton_of_names(

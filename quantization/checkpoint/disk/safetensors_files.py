@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+_STEMS = ("model", "diffusion_pytorch_model")  # of files of transformers, of diffusers
 
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
@@ -222,7 +222,7 @@ class TensorFile:
         """The same in memory of its own: of a mapped file, all pages ever touched stay resident."""
         entry = self.header.entries[key]
         load = partial(self._read, entry.dtype, entry.shape, entry.start)
-        return StoredTensor(entry.shape, entry.dtype, load)
+        return StoredTensor(entry.shape, entry.dtype, load, partial(self.rows, key))
 
 
 class TensorFolder:
@@ -234,8 +234,9 @@ class TensorFolder:
         file_of: the file that has a key.
 
     Args:
-        path: a file, or a folder with ``model.safetensors.index.json``, ``model.safetensors`` or
-            any other files of that kind.
+        path: a file, or a folder with ``model.safetensors.index.json``, ``model.safetensors``, the
+            same of diffusers, or any other files of that kind. Of several, the first in that order
+            tells which files are the model's; variants beside them are not.
 
     Raises:
         FileNotFoundError: if there are none.
@@ -247,8 +248,8 @@ class TensorFolder:
         self.path = Path(path)
         self.files: dict[str, TensorFile] = {}
         self.file_of: dict[str, TensorFile] = {}
-        index = self._index()
-        for file in self._paths(index):
+        at, index = self._index()
+        for file in self._paths(at, index):
             opened = self.files[file.name] = TensorFile(file)
             for key in opened.header.entries:
                 if key in self.file_of:
@@ -257,18 +258,20 @@ class TensorFolder:
                 self.file_of[key] = opened
         for key, name in index.items():
             if key not in self.file_of or self.file_of[key].path.name != name:
-                raise CheckpointError(f"{self.path / INDEX} has {key} in {name}, which lacks it")
+                raise CheckpointError(f"{at} has {key} in {name}, which lacks it")
 
-    def _index(self) -> dict[str, str]:
-        path = self.path / INDEX
+    def _index(self) -> tuple[Path, dict[str, str]]:
+        """The index, and which file it says has which key."""
+        paths = [self.path / f"{stem}.safetensors.index.json" for stem in _STEMS]
+        path = next(filter(Path.is_file, paths), paths[0])
         if not path.is_file():
-            return {}
+            return path, {}
         index = read_json(path).get("weight_map")
         if not isinstance(index, dict):
             raise CheckpointError(f"{path} has no weight_map")
-        return index
+        return path, index
 
-    def _paths(self, index: dict[str, str]) -> list[Path]:
+    def _paths(self, at: Path, index: dict[str, str]) -> list[Path]:
         if self.path.is_file():
             return [self.path]
         if not self.path.is_dir():
@@ -276,9 +279,10 @@ class TensorFolder:
         try:
             named = [member(self.path, name) for name in dict.fromkeys(index.values())]
         except (TypeError, ValueError) as error:
-            raise CheckpointError(f"{self.path / INDEX}: {error}") from None
-        single = self.path / SINGLE
-        found = named or ([single] if single.is_file() else sorted(self.path.glob("*.safetensors")))
+            raise CheckpointError(f"{at}: {error}") from None
+        singles = [self.path / f"{stem}.safetensors" for stem in _STEMS]
+        single = list(filter(Path.is_file, singles))[:1]
+        found = named or single or sorted(self.path.glob("*.safetensors"))
         if not found:
             raise FileNotFoundError(f"the folder {self.path} has no safetensors files")
         return found

@@ -41,11 +41,14 @@ class StoredTensor:
         shape: its shape.
         dtype: its dtype, by torch's name without ``torch.``.
         load: reads it; the tensor may be a view of a file.
+        rows: reads rows ``[start, stop)`` of its first dimension and no others; None where that
+            cannot be.
     """
 
     shape: tuple[int, ...]
     dtype: str
     load: Callable[[], torch.Tensor]
+    rows: Callable[[int, int], torch.Tensor] | None = None
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> StoredTensor:

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from quantization import quantize_checkpoint
 from quantization.checkpoint import read_checkpoint, verify_checkpoint, write_checkpoint
-from quantization.checkpoint.float_source import inner_files
+from quantization.checkpoint.source.companions import inner_files
 from tests.checkpoint_models import float_folder
 from tests.unittest_bridge import pytest_cases
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,40 @@ from torch import nn
 from quantization.checkpoint.disk.json_files import CheckpointError, read_json
 from quantization.ops.extras import need
 
-__all__ = ["skeleton_of_config", "skeleton_of_names"]
+__all__ = [
+    "computed_tensor",
+    "first_float",
+    "is_of_transformers",
+    "skeleton_of_config",
+    "skeleton_of_names",
+]
 
 _TABLES = re.compile(r"embed|^(wte|wpe|shared)$")
 _DEEPEST = 100  # names in a key; torch walks down a model by recursion
 _OWN = sorted(vars(nn.Module()))  # every module has these for itself
 
 
-def skeleton_of_config(folder: str | os.PathLike[str]) -> nn.Module:
+def is_of_transformers(config: Mapping[str, Any]) -> bool:
+    """Whether a ``config.json`` names a class of transformers; that of diffusers, say, does not.
+
+    Example:
+        >>> is_of_transformers({"model_type": "bert"}), is_of_transformers({"_class_name": "UNet"})
+        (True, False)
+    """
+    return "model_type" in config or "architectures" in config
+
+
+def first_float(dtypes: Iterable[str]) -> str | None:
+    """The first dtype of floats among names of dtypes.
+
+    Example:
+        >>> first_float(["int64", "bfloat16", "float32"])
+        'bfloat16'
+    """
+    return next((name for name in dtypes if getattr(torch, name).is_floating_point), None)
+
+
+def skeleton_of_config(folder: str | os.PathLike[str], dtype: str | None = None) -> nn.Module:
     """The model that the ``config.json`` of a folder names, its parameters on meta, in eval mode.
 
     Buffers that no file has (of rotary embeddings, say) have their numbers. No code of the folder
@@ -30,6 +57,7 @@ def skeleton_of_config(folder: str | os.PathLike[str]) -> nn.Module:
 
     Args:
         folder: with a ``config.json`` of transformers.
+        dtype: of the floats in files, by torch's name; of the model's where the config says none.
 
     Raises:
         ImportError: if transformers or accelerate is not installed.
@@ -38,6 +66,8 @@ def skeleton_of_config(folder: str | os.PathLike[str]) -> nn.Module:
     """
     transformers: Any = need("transformers", "transformers")
     accelerate: Any = need("accelerate", "transformers")
+    from transformers.initialization import no_init_weights
+
     path = Path(folder) / "config.json"
     names = read_json(path).get("architectures") or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
@@ -52,8 +82,15 @@ def skeleton_of_config(folder: str | os.PathLike[str]) -> nn.Module:
             f"{folder} is of the class {', '.join(names) or 'none'}, which transformers "
             f"{transformers.__version__} does not have: give the model yourself"
         )
-    with _told(path), accelerate.init_empty_weights(include_buffers=False):
+    said = str(config.dtype or dtype or "float32").removeprefix("torch.")
+    with (
+        _told(path),
+        accelerate.init_empty_weights(include_buffers=False),
+        _default_dtype(config, said),
+        no_init_weights(),
+    ):
         model: Any = cls(config)
+    model.initialize_weights()  # outside of the dtype: so does transformers with what it loads
     model.tie_weights()
     if (Path(folder) / "generation_config.json").is_file():
         model.generation_config = transformers.GenerationConfig.from_pretrained(folder)
@@ -71,6 +108,53 @@ def _told(path: Path) -> Iterator[None]:
         raise CheckpointError(
             f"transformers can make no model of {path}: {type(error).__name__}: {error}"
         ) from error
+
+
+@contextmanager
+def _default_dtype(config: Any, name: str) -> Iterator[None]:
+    """What transformers sets while it builds a model that it loads."""
+    before, dtype = torch.get_default_dtype(), getattr(torch, name)
+    inner = [getattr(config, key, None) for key in config.sub_configs]
+    for each in (config, *inner):
+        if each is not None:
+            each.dtype = dtype
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def computed_tensor(model: Any, key: str) -> torch.Tensor | None:
+    """A tensor that files need not have, as the class computes it (positions by sines, say).
+
+    Args:
+        model: of :func:`skeleton_of_config`.
+        key: of a tensor in its state dict.
+
+    Returns:
+        The tensor; None where the class draws it at random, or does not say that files may lack it.
+    """
+    if not any(re.search(pattern, key) for pattern in model._keys_to_ignore_on_load_missing or ()):
+        return None
+    path, _, name = key.rpartition(".")
+    owner = model.get_submodule(path)
+    old = owner._parameters.get(name, owner._buffers.get(name))
+    if not old.is_meta:
+        return old.detach()
+    steps = path.split(".")
+    above = [model.get_submodule(".".join(steps[:i])) for i in range(len(steps) + 1)]
+    init = next(m._init_weights for m in reversed(above) if hasattr(m, "_init_weights"))
+    made = [torch.full(old.shape, start, dtype=old.dtype) for start in (0, 1)]
+    for seed, tensor in enumerate(made):
+        twin: Any = copy.deepcopy(owner)
+        group = twin._parameters if name in twin._parameters else twin._buffers
+        group[name] = nn.Parameter(tensor, False) if name in twin._parameters else tensor
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            torch.manual_seed(seed)
+            init(twin)
+        made[seed] = group[name].detach()
+    return made[0] if torch.equal(*made) else None
 
 
 def skeleton_of_names(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> nn.Module:

@@ -1,0 +1,1 @@
+"""Float checkpoints that are to be quantized: their files, and the model these are of."""
