@@ -235,8 +235,7 @@ class TensorFolder:
 
     Args:
         path: a file, or a folder with ``model.safetensors.index.json``, ``model.safetensors``, the
-            same of diffusers, or any other files of that kind. Of several, the first in that order
-            tells which files are the model's; variants beside them are not.
+            same of diffusers, or any other files of that kind: the first that is there counts.
 
     Raises:
         FileNotFoundError: if there are none.
@@ -280,9 +279,9 @@ class TensorFolder:
             named = [member(self.path, name) for name in dict.fromkeys(index.values())]
         except (TypeError, ValueError) as error:
             raise CheckpointError(f"{at}: {error}") from None
-        singles = [self.path / f"{stem}.safetensors" for stem in _STEMS]
-        single = list(filter(Path.is_file, singles))[:1]
-        found = named or single or sorted(self.path.glob("*.safetensors"))
+        singles = (self.path / f"{stem}.safetensors" for stem in _STEMS)
+        found = named or [*filter(Path.is_file, singles)][:1]
+        found = found or sorted(self.path.glob("*.safetensors"))
         if not found:
             raise FileNotFoundError(f"the folder {self.path} has no safetensors files")
         return found
