@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import quantization
-from benchmarks import accuracy, machine, session
+from benchmarks import accuracy, hostile, machine, session
 from benchmarks.bench_backward import run_backward
 from benchmarks.bench_files import run_files
 from benchmarks.bench_linear import run_linear
@@ -46,6 +46,8 @@ def main(arguments: list[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else arguments
     if given[:1] == ["accuracy"]:
         return accuracy.main(given[1:])
+    if given[:1] == ["hostile"]:
+        return hostile.main(given[1:])
     options = _parser().parse_args(given)
     if options.read:
         return _tell_again(options)
@@ -81,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks",
         description="Time the kernels beside every installed peer, turn by turn, and against the "
         "limits of the machine, measured in the same run.",
-        epilog="python -m benchmarks accuracy --help: what each way to quantize loses.",
+        epilog="python -m benchmarks accuracy --help: what each way to quantize loses; "
+        "python -m benchmarks hostile --help: what each library makes of hostile models.",
     )
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--full", action="store_true", help="every cell, and the language models")

@@ -15,6 +15,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from quantization import forks  # noqa: F401  hears of forks from now on
 from quantization.swap import OBSERVERS
 from quantization.version import VERSION
 

@@ -65,6 +65,7 @@ C_ARROWS = {
 # The rooms of the package from the ground up; a file reaches its own room and those before it.
 FLOORS = (
     "version",
+    "forks",
     "console",
     "_kernels",
     "ops",

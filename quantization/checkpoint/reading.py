@@ -30,12 +30,15 @@ from quantization.schemes.packed_weights import PackedWeights
 __all__ = ["check_hashes", "check_record", "read_checkpoint", "verify_checkpoint"]
 
 
-def read_checkpoint(folder: str | os.PathLike[str], *, verify: bool = False) -> StoredModel:
+def read_checkpoint(
+    folder: str | os.PathLike[str], *, verify: bool = False, mmap: bool = True
+) -> StoredModel:
     """What a folder holds, checked: files against their records, tensors against their layers.
 
     Args:
         folder: as for :func:`load_quantized`.
         verify: as for :func:`load_quantized`.
+        mmap: as for :func:`load_quantized`.
 
     Raises:
         FileNotFoundError, CheckpointError: as for :func:`load_quantized`.
@@ -52,7 +55,7 @@ def read_checkpoint(folder: str | os.PathLike[str], *, verify: bool = False) -> 
     if verify:
         _verify_hashes(document, files)
         _verify_others(folder, document)
-    reader = _Reader(folder, document, files)
+    reader = _Reader(folder, document, files, mmap)
     layers = {name: reader.layer(name, layer) for name, layer in document.layers.items()}
     used = {key_of(name, "weight") for name in document.layers}  # placeholders
     used |= {key_of(name, part) for name, layer in document.layers.items()
@@ -190,8 +193,10 @@ def _verify_others(folder: Path, document: Document) -> None:
 class _Reader:
     """Tensors of a folder by their keys; tied keys give one tensor."""
 
-    def __init__(self, folder: Path, document: Document, files: Mapping[str, TensorFile]) -> None:
-        self.ties = document.ties
+    def __init__(
+        self, folder: Path, document: Document, files: Mapping[str, TensorFile], mmap: bool
+    ) -> None:
+        self.ties, self.mmap = document.ties, mmap
         self.where = str(folder)
         self.file_of: dict[str, TensorFile] = {}
         self._loaded: dict[str, torch.Tensor] = {}
@@ -214,7 +219,8 @@ class _Reader:
 
     def _tensor(self, key: str) -> torch.Tensor:
         if key not in self._loaded:
-            self._loaded[key] = self.file_of[key].tensor(key)
+            file = self.file_of[key]
+            self._loaded[key] = file.tensor(key) if self.mmap else file.to_read(key).load()
         return self._loaded[key]
 
     def layer(self, name: str, layer: StoredLayer) -> StoredLayer:

@@ -81,12 +81,19 @@ def _plain_config(config: Any) -> dict[str, Any] | None:
 
 
 def load_quantized(
-    folder: str | os.PathLike[str], model: nn.Module | None = None, *, verify: bool = False
+    folder: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    verify: bool = False,
+    mmap: bool = True,
 ) -> nn.Module:
     """The model of a folder that :func:`save_quantized` or a conversion wrote, on the CPU.
 
     Its tensors are views of the mapped files: what is not used is not read. Writing to one copies
-    its pages in this process; the files never change.
+    its pages in this process; the files never change. As of any mapped file, if somebody makes one
+    shorter while the model is in use, the system ends the process (SIGBUS) when it touches what is
+    gone: replace such files, as :func:`save_quantized` does, never write into them; or read them
+    whole by ``mmap=False``.
 
     Args:
         folder: the folder.
@@ -95,6 +102,7 @@ def load_quantized(
             the class that ``config.json`` names is built; needs transformers.
         verify: check the hash of every tensor and of every other file first, which reads all of
             them, as ``verify_checkpoint`` does.
+        mmap: False: read every tensor into memory of its own, where the files may change later.
 
     Returns:
         The model; the very module that was given, unless that is itself a quantized layer. One that
@@ -115,7 +123,7 @@ def load_quantized(
         >>> layer.int8_weights.shape
         torch.Size([32, 16])
     """
-    stored = read_checkpoint(folder, verify=verify)
+    stored = read_checkpoint(folder, verify=verify, mmap=mmap)
     if model is None:
         if stored.config is None or not is_of_transformers(stored.config):
             kind = "" if stored.config is None else " of transformers"

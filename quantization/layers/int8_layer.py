@@ -12,6 +12,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from quantization.forks import alone
 from quantization.layers.quantized_linear import QuantizedLinear, accepted, check_bias
 from quantization.layers.quantized_module import check_packed
 from quantization.numerics.granularity import Granularity
@@ -236,7 +237,8 @@ per row, 768 bytes)
 
     def _decoded(self) -> torch.Tensor:
         scales: torch.Tensor = self._buffers["scales"]
-        return round_once(self.codes.to(scales.dtype) * scales.unsqueeze(1), scales.dtype)
+        with alone():
+            return round_once(self.codes.to(scales.dtype) * scales.unsqueeze(1), scales.dtype)
 
     @property
     def codes(self) -> torch.Tensor:
@@ -252,7 +254,7 @@ per row, 768 bytes)
     ) -> dict[str, torch.Tensor | None]:
         """Codes [out, in] and scales [out] of that dtype."""
         weights = check_weight(weights, name)
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.inference_mode(False), torch.no_grad(), alone():
             codes, params = quantize_linear(
                 weights,
                 torch.int8,

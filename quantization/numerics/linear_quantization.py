@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 
+from quantization.forks import alone
 from quantization.numerics.granularity import PER_ROWS, Granularity
 from quantization.numerics.parameters import Mode, QuantizationParameters, check_granularity
 from quantization.numerics.rules import (
@@ -168,7 +169,10 @@ def dequantize_linear(q: TensorT, params: QuantizationParameters) -> TensorT:
             raise ValueError("params are symmetric, but zero_point is not 0: use Mode.Asymmetric")
         zero = None
     numbers = native.decode(q, params.scale, zero, code, out, params.granularity.grid(shape))
-    return numbers.clip(-out.max, out.max) if _may_overflow(params.scale, code, out) else numbers
+    if not _may_overflow(params.scale, code, out):
+        return numbers
+    with alone():
+        return numbers.clip(-out.max, out.max)
 
 
 def get_scale_and_zero_for(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import numpy as np
 
+from quantization.forks import alone
 from quantization.ops.dtypes import DType, name_of
 
 if TYPE_CHECKING:
@@ -86,7 +87,8 @@ def _torch_to_array(tensor: torch.Tensor, what: str) -> Array:
         raise ValueError(f"{what} is on the meta device: it has a shape but no numbers")
     if tensor.layout is not sys.modules["torch"].strided:
         raise ValueError(f"{what} has layout {tensor.layout}; only dense (strided) tensors will do")
-    dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+    with alone():
+        dense = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
     bits = BITS.get(name_of(dense.dtype))
     return (dense if bits is None else dense.view(_torch_dtype(bits))).numpy()
 
@@ -117,7 +119,8 @@ def filled(shape: tuple[int, ...], value: int, dtype: str, like: TensorT) -> Ten
 def cast(tensor: TensorT, dtype: str) -> TensorT:
     """The same numbers as type ``dtype``, rounded to nearest even."""
     if is_torch(tensor):
-        return tensor.to(_torch_dtype(dtype))
+        with alone():
+            return tensor.to(_torch_dtype(dtype))
     return tensor.astype(_numpy_dtype(dtype), copy=False)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from quantization import _kernels
+from quantization import _kernels, forks
 from quantization.ops import torch_devices
 from quantization.ops.exporters import onnx_nodes
 from quantization.ops.operators import OPERATORS, Call, check_call
@@ -97,6 +97,9 @@ def _register() -> str:
         _library.impl(operator.name, operator.kernel(multiply), "CPU")
     return "python"
 
+
+if forks.is_child() and _kernels.get_num_threads() == 1:
+    _kernels.set_num_threads(1)  # those of torch, which are now to be had, stayed in the parent
 
 #: Which kernels the operators have: ``"c"`` or ``"python"``.
 KERNELS = _register()

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from quantization.forks import alone
 from quantization.ops.dtypes import name_of
 from quantization.schemes.column_order import COLUMN_PARTS
 from quantization.schemes.packed_weights import PARTS, PackedWeights, pack_matrix
@@ -51,7 +52,7 @@ def pack_as(
     """
     weights = check_weight(weights, name)
     options["name"] = name
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), alone():
         if weights.dtype == dtype:
             return pack(weights, scheme, **options)
         made_for = scheme

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,23 @@ from tests.checkpoint_models import (
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
+
+
+@pytest.mark.parametrize("mmap", [True, False])
+def test_files_that_are_read_whole_may_change_later(mmap: bool, tmp_path: Path) -> None:
+    model = quantized_net("w4g32a")
+    save_quantized(model, tmp_path / "saved")
+    again = load_quantized(tmp_path / "saved", net(), mmap=mmap)
+    state = again.state_dict()
+    copies = {key: tensor.clone() for key, tensor in state.items()}
+    file = tmp_path / "saved/model.safetensors"
+    with file.open("r+b") as raw:  # of the same length: a shorter one would end this process
+        raw.seek(-200, os.SEEK_END)
+        raw.write(b"\xa5" * 200)
+    changed = [key for key, tensor in again.state_dict().items()
+               if not torch.equal(tensor.nan_to_num(), copies[key].nan_to_num())]  # fmt: skip
+    assert bool(changed) == mmap
+
 
 # ---- in place --------------------------------------------------------------------------------
 
