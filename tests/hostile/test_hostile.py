@@ -6,8 +6,9 @@ import pytest
 
 pytest.importorskip("torch")
 
-from benchmarks.hostile import in_child
+from benchmarks.hostile import in_child, table
 from benchmarks.hostile_cases import CASES
+from benchmarks.hostile_libraries import OURS
 from tests.hostile.file_cases import CASES as FILES
 from tests.hostile.server import outcome
 from tests.unittest_bridge import pytest_cases
@@ -42,3 +43,10 @@ def test_the_runner_tells_of_errors_crashes_and_hangs() -> None:
     assert in_child(lambda: {}["x"]) == "KeyError: 'x'"
     assert in_child(lambda: os.kill(os.getpid(), signal.SIGTERM)) == "dies by SIGTERM"
     assert in_child(lambda: time.sleep(60), 0.2) == "hangs (0.2 s)"
+
+
+def test_the_table_counts_and_shows_what_differs() -> None:
+    outcomes = {OURS.name: dict.fromkeys(CASES, "ok") | {"odd K": "a|b"}}
+    text = table([OURS], outcomes, "python -m benchmarks hostile")
+    assert "| **passed** | 46 |" in text and "| odd K | a/b |" in text
+    assert "All pass: zero row, all zeros" in text and "47 cases" in text
