@@ -15,6 +15,7 @@ from quantization.checkpoint.stored_model import StoredLayer, StoredModel, saved
 from quantization.layers.float_layers import is_conv1d, why_embedding_left, why_left
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.ops.dtypes import SOURCES, name_of
+from quantization.swap.attention import splitting_attention
 from quantization.swap.conversion import convert
 from quantization.swap.engine import Store, assign, stores_of, tensors_of
 from quantization.swap.experts import UnfusedExperts, bare_experts, why_fused
@@ -62,17 +63,19 @@ def restore_model(stored: StoredModel, model: nn.Module) -> nn.Module:
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a model (a torch.nn.Module instance), not {model!r:.60}")
     inner = unwrapped(model)
-    unfused = _unfused(stored, list(walk(inner)))
-    assign(unfused)
-    try:
-        sites = list(walk(inner))
-        made = _layers(stored, sites)
-        stores = _tensor_stores(stored, sites, made)
-        _refuse_meta(sites, made, stores)
-    except BaseException:
-        assign([(mapping, name, old, new) for mapping, name, new, old in unfused])
-        raise
-    assign(stores + stores_of(sites, made))
+    split = {name.rpartition(".")[0] for name in stored.layers}
+    with splitting_attention(inner, split.__contains__):
+        unfused = _unfused(stored, list(walk(inner)))
+        assign(unfused)
+        try:
+            sites = list(walk(inner))
+            made = _layers(stored, sites)
+            stores = _tensor_stores(stored, sites, made)
+            _refuse_meta(sites, made, stores)
+        except BaseException:
+            assign([(mapping, name, old, new) for mapping, name, new, old in unfused])
+            raise
+        assign(stores + stores_of(sites, made))
     return made.get(id(inner), model)
 
 

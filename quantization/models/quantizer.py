@@ -25,6 +25,7 @@ from quantization.methods.statistics import Statistics
 from quantization.models.recipe import W8A16, Line, Recipe, Rules, converts_quantized
 from quantization.schemes.scheme import Scheme
 from quantization.swap import walker
+from quantization.swap.attention import splitting_attention
 from quantization.swap.conversion import memory_of, weight_of
 from quantization.swap.engine import Layer, swap
 from quantization.swap.experts import bare_experts, left_experts
@@ -51,6 +52,7 @@ def quantize_model(
     statistics: Mapping[str, Statistics] | None = None,
     progress: Progress | bool | None = None,
     plain_linear: PlainLinear = (),
+    split_attention: bool = True,
 ) -> ReplacementReport:
     """Put packed layers in the place of a model's layers, in place, each by the scheme of its rule.
 
@@ -97,6 +99,10 @@ def quantize_model(
         plain_linear: subclasses of nn.Linear, or their names, that compute ``x W^T + bias`` and
             nothing else, as nobody but you can know of your own. They become the same layers.
             :data:`quantization.PLAIN_LINEAR` has those that are known without (Falcon's).
+        split_attention: False leaves nn.MultiheadAttention in float. By default it becomes a
+            :class:`quantization.layers.attention.LayeredAttention` with the layers q_proj, k_proj,
+            v_proj and out_proj, which follow the rules as others do; where none is quantized, it
+            stays what it was. Those of transformers' models stay in float.
 
     Returns:
         A report of every layer: its scheme and bits a weight, or why it was left; bytes before and
@@ -123,21 +129,22 @@ each
 2.bias [8] float32 32 B
     """
     _check_model(model)
-    sites = list(walker.walk(model))
-    rules = Rules(recipe, sites)
-    excluded, plain = match_patterns(sites, exclude), plain_classes(plain_linear)
-    layers = _find(sites, rules, excluded, nonfinite, plain)
-    _hand_out(layers, statistics)
-    return swap(
-        sites,
-        layers,
-        QuantizedModule,
-        strict=strict,
-        untie=untie,
-        progress=progress,
-        noun="layers",
-        caller="quantize_model",
-    )
+    with splitting_attention(model, lambda name: split_attention):
+        sites = list(walker.walk(model))
+        rules = Rules(recipe, sites)
+        excluded, plain = match_patterns(sites, exclude), plain_classes(plain_linear)
+        layers = _find(sites, rules, excluded, nonfinite, plain)
+        _hand_out(layers, statistics)
+        return swap(
+            sites,
+            layers,
+            QuantizedModule,
+            strict=strict,
+            untie=untie,
+            progress=progress,
+            noun="layers",
+            caller="quantize_model",
+        )
 
 
 def dequantize_model(model: nn.Module) -> ReplacementReport:

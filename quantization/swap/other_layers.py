@@ -17,8 +17,8 @@ _KNOWN = (nn.Bilinear, nn.RNNBase, nn.RNNCellBase)
 def why_other(sites: list[Site]) -> dict[int, str]:
     """Ids of such modules -> what they are, and what share of the model's parameters they hold.
 
-    Those are convolutions of kernel 1, bilinear and recurrent layers. Matrices that other modules
-    own are Parameters like any; reports have the biggest.
+    Those are convolutions of kernel 1, bilinear and recurrent layers, and attention that was not
+    split. Matrices that other modules own are Parameters like any; reports have the biggest.
 
     Example:
         >>> from quantization.swap.walker import walk
@@ -58,4 +58,6 @@ def _is_matrix(parameter: torch.Tensor | None, module: nn.Module) -> bool:
         return False
     if isinstance(module, nn.modules.conv._ConvNd):
         return parameter.ndim > 2 and parameter[0, 0].numel() == 1 and module.groups == 1
+    if isinstance(module, nn.MultiheadAttention):  # of which nothing was split
+        return parameter.ndim == 2
     return isinstance(module, _KNOWN) and parameter.ndim > 1

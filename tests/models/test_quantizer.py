@@ -114,7 +114,7 @@ def test_torchs_transformer_does_not_bypass_the_layers(mode: Any) -> None:
         wanted = model(x)
         report = quantize_model(model, "w8")
         assert relative(model(x), wanted) < 0.02
-        assert {c.name for c in report.left} == {f"layers.{i}.self_attn.out_proj" for i in (0, 1)}
+        assert not report.left and len(report.replaced) == 12
         quantized = model(x)
         dequantize_model(model)
         assert relative(model(x), quantized) < 1e-5

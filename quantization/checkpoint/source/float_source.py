@@ -112,7 +112,8 @@ def open_source(
         sources |= parts_of_experts(sources, model.named_modules())
     found = _adopt_forms(files, list(walk(model)), sources)
     used &= {key for tensor in found.values() for key in tensor.keys}
-    report = quantize_model(model, recipe, exclude=exclude, nonfinite=nonfinite)
+    options = {"exclude": exclude, "nonfinite": nonfinite}
+    report = quantize_model(model, recipe, **options, split_attention=False)  # files have it whole
     template = stored_model(report.model)
     layers = {
         name: replace(layer, load=partial(_packed, found, name, layer, nonfinite))
