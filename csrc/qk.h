@@ -186,6 +186,50 @@ typedef struct qk_fit {
  * have it. errors: NULL, or what these errors are. */
 qk_status qk_fit_groups(void *scales, void *zeros, void *errors, const qk_fit *fit);
 
+/* ---- codes that make up for each other's errors -------------------------- */
+
+/* What a weight is under a scale and a zero point: a whole number, or a level of a table. */
+typedef struct qk_grid_levels {
+    float code_min, code_max; /* of whole numbers, in -2^21..2^21 */
+    const void *levels;       /* float [codebooks][level_count], ascending, if there is a count */
+    size_t codebooks, level_count;
+} qk_grid_levels;
+
+/* The loss of a row is d H d^T, d = w - (value - zero) * scale. */
+typedef struct qk_descent {
+    size_t rows, cols, group; /* columns that share a scale, at least 1 */
+    const void *hessian;      /* float [cols][cols], symmetric, its diagonal above 0 */
+    void *values;             /* float [rows][cols]: levels, in and out */
+    void *slopes;             /* float [rows][cols]: d H, in and out */
+    void *scales, *zeros;     /* float [rows][groups], in and out; zeros NULL: all 0 */
+    qk_grid_levels grid;
+    const void *steps;    /* NULL, or float [rows]: scales are 1..255 steps; else they are */
+    qk_dtype scale_dtype; /* numbers of this type */
+    qk_dtype zero_dtype;  /* zeros are numbers of this type */
+    float scale_min;      /* above 0; or below 0, where scales may have a sign */
+    float zero_min, zero_max, zero_step; /* and multiples of the step; 0: any number */
+    size_t sweeps;                       /* at most so many times over each row */
+    int refits;                          /* whether scales and zeros move before each sweep */
+} qk_descent;
+
+/* Coordinate descent: in each sweep scales and zeros are set to what loses least for the codes, as
+ * stored, then each code in turn to what loses least beside all others. The loss never grows. */
+qk_status qk_descend(const qk_descent *form);
+
+/* Columns are in the order in which they are rounded. */
+typedef struct qk_rounding {
+    size_t rows, cols, groups;
+    void *x;            /* float [rows][cols], finite; used up */
+    void *values;       /* float [rows][cols]: levels, out */
+    const void *factor; /* float [cols][cols]: U of H^-1 = U^T U, upper, its diagonal above 0 */
+    const void *places; /* int32 [cols]: the group of each column, 0 .. groups-1 */
+    const void *scales, *zeros; /* float [rows][groups]; zeros NULL: all 0 */
+    qk_grid_levels grid;
+} qk_rounding;
+
+/* Round a column, and let the columns after it make up for its error (E. Frantar et al., GPTQ). */
+qk_status qk_round_in_order(const qk_rounding *form);
+
 /* ---- linear: y = x W^T + bias, W of codes and scales --------------------- */
 
 enum { QK_BASE3 = 0 /* in place of a width: ternary codes, five to a byte (qk_pack_ternary) */ };

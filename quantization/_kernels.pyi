@@ -95,6 +95,13 @@ def fit_groups(
     ],
 ) -> None: ...
 
+# values, slopes, scales, zeros, hessian, steps; rows, cols, group; levels, codebooks, level_count,
+# code_min, code_max; scale_dtype, zero_dtype, scale_min, zero_min, zero_max, zero_step, sweeps, refits
+def descend(*_: Any) -> None: ...
+
+# values, x, factor, places, scales, zeros; rows, cols, groups; the levels as above
+def round_in_order(*_: Any) -> None: ...
+
 # y, x, weights, scales, bias; ...; bias_dtype
 def linear(
     *_: *tuple[_Array, _Array, _Array, _Array, _Optional, *_Sizes, *_Dtypes, int],

@@ -42,6 +42,7 @@ C_ARROWS = {
     "api/plan": ("qk.h", "api/plan.h"),
     "api/tiles": ("qk.h", "api/tiles.h"),
     "api/scale": ("qk.h", "api/scale.h", "kernels/scalar.h"),
+    "api/descent": ("api/descent.h", "kernels/kernels.h", "kernels/scalar.h"),
     "api/codebook": ("api/codebook.h", "kernels/scalar.h"),
     "api/dispatch": ("api/dispatch.h", "kernels/kernels.h", "kernels/isa_list.def"),
     "api/parallel": ("qk.h", "api/parallel.h"),

@@ -1,6 +1,9 @@
 #include "api/api.h"
+#include "api/descent.h"
 #include "api/dispatch.h"
 #include "api/parallel.h"
+
+#include "kernels/scalar.h"
 
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -63,4 +66,81 @@ qk_status qk_fit_groups(void *scales, void *zeros, void *errors, const qk_fit *f
     size_t grain = GRAIN / work / QK_FIT_LANES * QK_FIT_LANES + QK_FIT_LANES;
     QK_REQUIRE(qk_parallel_for(fit->rows, grain, fit_rows, &job), QK_INTERRUPTED);
     return atomic_load(&job.failed) ? QK_OUT_OF_MEMORY : QK_OK;
+}
+
+/* ---- descent -------------------------------------------------------------- */
+
+static int is_grid(const qk_grid_levels *grid, size_t rows)
+{
+    if (grid->level_count)
+        return grid->level_count <= MAX_LEVELS && (grid->codebooks == 1 || grid->codebooks == rows);
+    return grid->code_min < grid->code_max && grid->code_min >= -0x1p21f &&
+           grid->code_max <= 0x1p21f;
+}
+
+static size_t rows_worth_a_thread(size_t cols)
+{
+    return GRAIN / (cols * cols + 1) + 1;
+}
+
+typedef struct descent_job {
+    const qk_descent *form;
+    const qk_kernels *kernels;
+    atomic_int failed; /* no memory for scratch */
+} descent_job;
+
+static void descend_rows(size_t first, size_t last, void *context)
+{
+    descent_job *job = context;
+    float *scratch = malloc(qk_descent_scratch(job->form) * sizeof(float));
+    if (!scratch) {
+        atomic_store(&job->failed, 1);
+        return;
+    }
+    for (size_t row = first; row < last; row++)
+        qk_descend_row(job->form, row, scratch, job->kernels);
+    free(scratch);
+}
+
+qk_status qk_descend(const qk_descent *form)
+{
+    size_t items;
+    QK_REQUIRE(form->group >= 1 && form->group <= form->cols &&
+                   qk_multiply(form->rows, form->cols, &items) &&
+                   qk_multiply(form->cols, form->cols * sizeof(float), &items),
+               QK_BAD_SHAPE);
+    QK_REQUIRE(is_grid(&form->grid, form->rows) && !(form->zeros && form->grid.level_count),
+               QK_BAD_CODES);
+    QK_REQUIRE(qk_is_source(form->scale_dtype) && qk_is_source(form->zero_dtype), QK_BAD_DTYPE);
+    descent_job job = {.form = form, .kernels = qk_active_kernels()};
+    qk_parallel_for(form->rows, rows_worth_a_thread(form->cols), descend_rows, &job);
+    return atomic_load(&job.failed) ? QK_OUT_OF_MEMORY : QK_OK;
+}
+
+typedef struct rounding_job {
+    const qk_rounding *form;
+    const qk_kernels *kernels;
+} rounding_job;
+
+static void round_rows(size_t first, size_t last, void *context)
+{
+    const rounding_job *job = context;
+    for (size_t row = first; row < last; row++)
+        qk_round_row_in_order(job->form, row, job->kernels);
+}
+
+qk_status qk_round_in_order(const qk_rounding *form)
+{
+    size_t items;
+    QK_REQUIRE(form->cols >= 1 && qk_multiply(form->rows, form->cols, &items) &&
+                   qk_multiply(form->cols, form->cols * sizeof(float), &items),
+               QK_BAD_SHAPE);
+    QK_REQUIRE(is_grid(&form->grid, form->rows) && !(form->zeros && form->grid.level_count),
+               QK_BAD_CODES);
+    const int32_t *places = form->places;
+    for (size_t k = 0; k < form->cols; k++)
+        QK_REQUIRE((size_t)qk_load_int32(places, k) < form->groups, QK_BAD_SHAPE);
+    rounding_job job = {form, qk_active_kernels()};
+    qk_parallel_for(form->rows, rows_worth_a_thread(form->cols), round_rows, &job);
+    return QK_OK;
 }

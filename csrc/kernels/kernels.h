@@ -132,6 +132,9 @@ typedef struct qk_kernels {
     /* qk_fit_groups of qk.h for some rows. Every instruction set gives the same bits. */
     void (*fit)(const qk_fit_strip *strip);
 
+    /* y[i] += a * x[i], floats, each rounded once. */
+    void (*add_scaled)(void *y, const void *x, float a, size_t count);
+
     /* One row in any layout: `count` codes, one byte each, into containers (qk_packing in qk.h;
      * rows, cols and axis are not read); unused bits of the containers are written as 0. Returns
      * what the codes fit: QK_FITS_* of qk.h, one or both or none. */

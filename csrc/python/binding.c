@@ -204,6 +204,8 @@ static PyMethodDef methods[] = {
     {"fit_levels", qk_py_fit_levels, METH_VARARGS, NULL},
     {"encode_levels", qk_py_encode_levels, METH_VARARGS, NULL},
     {"fit_groups", qk_py_fit_groups, METH_VARARGS, NULL},
+    {"descend", qk_py_descend, METH_VARARGS, NULL},
+    {"round_in_order", qk_py_round_in_order, METH_VARARGS, NULL},
     {"linear", qk_py_linear, METH_VARARGS, NULL},
     {"linear_backward", qk_py_linear_backward, METH_VARARGS, NULL},
     {"linear_packed", qk_py_linear_packed, METH_VARARGS, NULL},

@@ -64,6 +64,8 @@ PyObject *qk_py_unpack_ternary(PyObject *module, PyObject *args);
 PyObject *qk_py_fit_levels(PyObject *module, PyObject *args);
 PyObject *qk_py_encode_levels(PyObject *module, PyObject *args);
 PyObject *qk_py_fit_groups(PyObject *module, PyObject *args);
+PyObject *qk_py_descend(PyObject *module, PyObject *args);
+PyObject *qk_py_round_in_order(PyObject *module, PyObject *args);
 PyObject *qk_py_linear(PyObject *module, PyObject *args);
 PyObject *qk_py_linear_backward(PyObject *module, PyObject *args);
 PyObject *qk_py_linear_packed(PyObject *module, PyObject *args);

@@ -30,3 +30,71 @@ PyObject *qk_py_fit_groups(PyObject *module, PyObject *args)
     qk_status status;
     QK_RUN(qk_fit_groups(scale_data, zero_data, error_data, &fit));
 }
+
+/* codes' bounds, the table (or None) and how many tables and levels */
+#define GRID_FORMAT "Onnff"
+#define GRID_PLACES(levels, grid)                                                                  \
+    &(levels), &(grid).codebooks, &(grid).level_count, &(grid).code_min, &(grid).code_max
+
+PyObject *qk_py_descend(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *values, *slopes, *scales, *zeros, *hessian, *steps, *levels;
+    qk_descent form = {0};
+    size_t items, blocks, square, level_items, where = 0;
+    int scale_dtype, zero_dtype;
+    if (!PyArg_ParseTuple(args, "OOOOOOnnn" GRID_FORMAT "iiffffni", &values, &slopes, &scales,
+                          &zeros, &hessian, &steps, &form.rows, &form.cols, &form.group,
+                          GRID_PLACES(levels, form.grid), &scale_dtype, &zero_dtype,
+                          &form.scale_min, &form.zero_min, &form.zero_max, &form.zero_step,
+                          &form.sweeps, &form.refits) ||
+        !qk_count(form.rows, form.cols, &items) || !qk_count(form.cols, form.cols, &square) ||
+        !qk_count(form.rows, qk_blocks(form.cols, form.group), &blocks) ||
+        !qk_count(form.grid.codebooks, form.grid.level_count, &level_items))
+        return NULL;
+    form.scale_dtype = (qk_dtype)scale_dtype;
+    form.zero_dtype = (qk_dtype)zero_dtype;
+    void *hessian_data, *steps_data, *level_data;
+    QK_ARRAY(form.values, values, items, sizeof(float), 1);
+    QK_ARRAY(form.slopes, slopes, items, sizeof(float), 1);
+    QK_ARRAY(form.scales, scales, blocks, sizeof(float), 1);
+    QK_ARRAY_OR_NONE(form.zeros, zeros, blocks, sizeof(float), 1);
+    QK_ARRAY(hessian_data, hessian, square, sizeof(float), 0);
+    QK_ARRAY_OR_NONE(steps_data, steps, form.rows, sizeof(float), 0);
+    QK_ARRAY_OR_NONE(level_data, levels, level_items, sizeof(float), 0);
+    form.hessian = hessian_data;
+    form.steps = steps_data;
+    form.grid.levels = level_data;
+    qk_status status;
+    QK_RUN(qk_descend(&form));
+}
+
+PyObject *qk_py_round_in_order(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *values, *x, *factor, *places, *scales, *zeros, *levels;
+    qk_rounding form = {0};
+    size_t items, blocks, square, level_items, where = 0;
+    if (!PyArg_ParseTuple(args, "OOOOOOnnn" GRID_FORMAT, &values, &x, &factor, &places, &scales,
+                          &zeros, &form.rows, &form.cols, &form.groups,
+                          GRID_PLACES(levels, form.grid)) ||
+        !qk_count(form.rows, form.cols, &items) || !qk_count(form.cols, form.cols, &square) ||
+        !qk_count(form.rows, form.groups, &blocks) ||
+        !qk_count(form.grid.codebooks, form.grid.level_count, &level_items))
+        return NULL;
+    void *factor_data, *place_data, *scale_data, *zero_data, *level_data;
+    QK_ARRAY(form.values, values, items, sizeof(float), 1);
+    QK_ARRAY(form.x, x, items, sizeof(float), 1);
+    QK_ARRAY(factor_data, factor, square, sizeof(float), 0);
+    QK_ARRAY(place_data, places, form.cols, sizeof(int32_t), 0);
+    QK_ARRAY(scale_data, scales, blocks, sizeof(float), 0);
+    QK_ARRAY_OR_NONE(zero_data, zeros, blocks, sizeof(float), 0);
+    QK_ARRAY_OR_NONE(level_data, levels, level_items, sizeof(float), 0);
+    form.factor = factor_data;
+    form.places = place_data;
+    form.scales = scale_data;
+    form.zeros = zero_data;
+    form.grid.levels = level_data;
+    qk_status status;
+    QK_RUN(qk_round_in_order(&form));
+}

@@ -72,18 +72,25 @@ class Problem:
         exponents = np.frexp(np.abs(x).max(axis=1, keepdims=True, initial=0))[1]
         self._exponents = np.where(np.abs(exponents) > _ROOM, exponents, 0)
         self.x = np.ldexp(x, -self._exponents) if self._exponents.any() else x
-        self._levels: np.ndarray | None = None
+        self.codebook: np.ndarray | None = None
         if self.rtn.codebook is not None:
-            self._levels = native.to_array(native.cast(self.rtn.codebook, "float32"))
+            self.codebook = native.to_array(native.cast(self.rtn.codebook, "float32"))
 
     # ---- what the scheme allows ----------------------------------------------------------
 
     @property
+    def table(self) -> np.ndarray | None:
+        """The levels of the codebook, ascending in each row; None where codes are numbers."""
+        return None if self.codebook is None else np.sort(self.codebook, axis=1)
+
+    @property
     def codes(self) -> tuple[float, float]:
         """The smallest and the largest code, or level."""
-        if self._levels is not None:
-            return float(self._levels.min()), float(self._levels.max())
+        if self.codebook is not None:
+            return float(self.codebook.min()), float(self.codebook.max())
         bits = self.scheme.bits
+        if self.scheme.grid == "ternary":
+            return -1.0, 1.0
         if self.scheme.mode is Mode.Asymmetric:
             return 0.0, 2.0**bits - 1
         most = 2.0 ** (bits - 1) - 1
@@ -95,11 +102,11 @@ class Problem:
         Scales are above 0, but those of symmetric codes kept as floats, which may have a sign, so
         that the longer half of the codes meets the larger magnitude.
         """
-        scheme, levels = self.scheme, self._levels
+        scheme, levels = self.scheme, self.codebook
         is_signed = scheme.mode is Mode.Symmetric and levels is None and not scheme.double_quant
         fit = Fit(what, self.codes, starts, rounds, shrink)
         if levels is not None:
-            fit = fit._replace(levels=np.sort(levels, axis=1))
+            fit = fit._replace(levels=self.table)
         if is_signed:
             fit = fit._replace(least_scale=-np.inf)
         if scheme.zero_point == "fixed" or scheme.has_integer_zeros:
@@ -139,12 +146,24 @@ class Problem:
             return Stored(kept)
         return Stored(kept, *self.matrix.store_zeros(zeros))
 
+    def near(self, scales: np.ndarray) -> np.ndarray:
+        """Scales ``[lines, n]`` as they are beside :attr:`x`, float32."""
+        return np.ldexp(np.ascontiguousarray(scales, "float32"), -self._exponents)
+
+    def far(self, scales: np.ndarray) -> np.ndarray:
+        """The reverse of :meth:`near`."""
+        return np.ldexp(scales, self._exponents)
+
+    @property
+    def near_rows(self) -> np.ndarray:
+        """The weights of :attr:`x` in the shape of the matrix."""
+        return self.x.reshape(self.matrix.x.shape)
+
     def fit(self, scales: np.ndarray, zeros: np.ndarray | None, fit: Fit) -> Fitted:
         """:func:`quantization.ops.native.fit_groups`, from these scales on."""
-        near = np.ldexp(np.ascontiguousarray(scales, "float32"), -self._exponents)
         zeros = None if zeros is None else np.ascontiguousarray(zeros, "float32")
-        made = native.fit_groups(self.x, self.importance, self.group, near, zeros, fit)
-        return made._replace(scales=np.ldexp(made.scales, self._exponents))
+        made = native.fit_groups(self.x, self.importance, self.group, self.near(scales), zeros, fit)
+        return made._replace(scales=self.far(made.scales))
 
     def errors(self, stored: Stored) -> np.ndarray:
         """Weighted squared errors of the nearest codes, float32 ``[lines, groups]``."""
@@ -154,8 +173,8 @@ class Problem:
 
     def pack(self, stored: Stored, codes: Tensor | None = None) -> PackedWeights:
         """The matrix under stored scales; codes uint8 or int8 ``[out, in]``, None: the nearest."""
-        if codes is None and self._levels is not None:
-            codes = level_codes(self.matrix, stored.scales.restored, self._levels)
+        if codes is None and self.codebook is not None:
+            codes = level_codes(self.matrix, stored.scales.restored, self.codebook)
         elif codes is None:
             codes = integer_codes(self.matrix, stored.scales.restored, stored.zeros)
         coded = Coded(codes, stored.scales, stored.zero_points, self.rtn.codebook)

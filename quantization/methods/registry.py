@@ -9,6 +9,8 @@ method         what it makes least                                              
 ``sinq``       imbalance of rows and columns; needs multipliers (``+cols``)          -
 ``sinq_lsq``   squared error of what ``sinq`` gives, over scales and zero points     -, moments
 ``awq``        squared error, over powers of the inputs' size; needs ``+cols``       moments
+``gptq``       error of the outputs, over codes column by column                     Hessian
+``descent``    the same, over all codes, scales and zero points, by turns            Hessian
 =============  ====================================================================  ============
 
 A method is a function ``(weight, scheme, statistics) -> PackedWeights``: ``weight`` ``[out, in]``
@@ -24,6 +26,7 @@ import numpy as np
 
 from quantization.methods.columns import awq, sinq, sinq_lsq
 from quantization.methods.hqq import hqq
+from quantization.methods.gptq import descent, gptq
 from quantization.methods.lsq import lsq
 from quantization.methods.statistics import Statistics
 from quantization.ops import native
@@ -61,6 +64,8 @@ _METHODS: dict[str, Method] = {
     "sinq": sinq,
     "sinq_lsq": sinq_lsq,
     "awq": awq,
+    "gptq": gptq,
+    "descent": descent,
 }
 
 

@@ -297,6 +297,63 @@ def fit_groups(
     return made
 
 
+class Levels(NamedTuple):
+    """What weights are before scale and zero: whole numbers of a range, or levels of a table."""
+
+    bounds: tuple[float, float]
+    table: Array | None = None  # float32 [1 or rows, levels], ascending
+
+    def numbers(self) -> tuple[Any, ...]:
+        """As the kernels take them."""
+        shape = (1, 0) if self.table is None else self.table.shape
+        return self.table, *shape, *self.bounds
+
+
+def round_in_order(
+    x: Array, factor: Array, places: Array, scales: Array, zeros: Array | None, levels: Levels
+) -> Array:
+    """Levels of columns rounded one after the other; ``qk_round_in_order``. ``x`` is used up."""
+    values = np.empty_like(x)
+    (rows, cols), groups = x.shape, scales.shape[1]
+    given = values, x, factor, places, scales, zeros
+    _kernels.round_in_order(*given, rows, cols, groups, *levels.numbers())
+    return values
+
+
+class Descended(NamedTuple):
+    """Levels, scales and zeros after a descent, in the arrays that were given."""
+
+    values: Array
+    scales: Array
+    zeros: Array | None
+
+
+def descend(
+    values: Array,
+    slopes: Array,
+    scales: Array,
+    zeros: Array | None,
+    hessian: Array,
+    steps: Array | None,
+    group: int,
+    levels: Levels,
+    fit: Fit,
+    dtypes: tuple[str, str],
+    sweeps: int,
+    refits: bool,
+) -> Descended:
+    """Coordinate descent over levels, scales and zeros, in place; ``qk_descend``.
+
+    ``fit`` says which scales and zeros there are, ``dtypes`` which types they are rounded to.
+    """
+    kinds = (_kernel_number(dtype) for dtype in dtypes)
+    _kernels.descend(
+        values, slopes, scales, zeros, hessian, steps, *values.shape, group, *levels.numbers(),
+        *kinds, fit.least_scale, *fit.zeros, fit.zero_step, sweeps, int(refits),
+    )  # fmt: skip
+    return Descended(values, scales, zeros)
+
+
 # ---- linear ----------------------------------------------------------------------------------
 
 

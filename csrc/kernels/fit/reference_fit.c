@@ -1,4 +1,5 @@
-/* The definition of fit: one group after the other, in the order of operations that all share. */
+/* The definition of add_scaled, and of fit: one group after the other, in the order of operations
+ * that all share. */
 #include "kernels/reference.h"
 
 #include <math.h>
@@ -164,7 +165,14 @@ static void fit_rows(const qk_fit_strip *strip)
         }
 }
 
+static void add_scaled(void *y, const void *x, float a, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        qk_store_float32(y, i, fmaf(a, qk_load_float32(x, i), qk_load_float32(y, i)));
+}
+
 void qk_define_fit(qk_kernels *table)
 {
+    table->add_scaled = add_scaled;
     table->fit = fit_rows;
 }
