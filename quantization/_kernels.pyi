@@ -96,7 +96,8 @@ def fit_groups(
 ) -> None: ...
 
 # values, slopes, scales, zeros, hessian, steps; rows, cols, group; levels, codebooks, level_count,
-# code_min, code_max; scale_dtype, zero_dtype, scale_min, zero_min, zero_max, zero_step, sweeps, refits
+# code_min, code_max; scale_dtype, zero_dtype; scale_min, zero_min, zero_max, zero_step; sweeps,
+# refits
 def descend(*_: Any) -> None: ...
 
 # values, x, factor, places, scales, zeros; rows, cols, groups; the levels as above

@@ -148,11 +148,13 @@ class Problem:
 
     def near(self, scales: np.ndarray) -> np.ndarray:
         """Scales ``[lines, n]`` as they are beside :attr:`x`, float32."""
-        return np.ldexp(np.ascontiguousarray(scales, "float32"), -self._exponents)
+        near: np.ndarray = np.ldexp(np.ascontiguousarray(scales, "float32"), -self._exponents)
+        return near
 
     def far(self, scales: np.ndarray) -> np.ndarray:
         """The reverse of :meth:`near`."""
-        return np.ldexp(scales, self._exponents)
+        far: np.ndarray = np.ldexp(scales, self._exponents)
+        return far
 
     @property
     def near_rows(self) -> np.ndarray:

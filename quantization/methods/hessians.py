@@ -78,31 +78,33 @@ class CoupledProblem(Problem):
             )
             self._damping *= _MORE
         eye = torch.eye(len(order), dtype=torch.float64)
-        return torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+        factor: torch.Tensor = torch.linalg.solve_triangular(lower.flip(0, 1), eye, upper=True)
+        return factor
 
     # ---- the kernels' arrays ---------------------------------------------------------------
 
     def _levels(self) -> Levels:
         return Levels(self.codes, self.table)
 
-    def _each_row(self, numbers: np.ndarray | None) -> np.ndarray | None:
+    def _each_row(self, numbers: np.ndarray) -> np.ndarray:
         """A float32 array of rows of its own; what the whole matrix has one of is repeated."""
-        if numbers is None:
-            return None
-        wide = np.broadcast_to(numbers, (self._rows, numbers.shape[1]))
-        return np.array(wide, "float32")
+        return np.array(np.broadcast_to(numbers, (self._rows, numbers.shape[1])), "float32")
+
+    def _opened(self, stored: Stored) -> tuple[np.ndarray, np.ndarray | None]:
+        """Scales and zeros, as arrays that may be written to."""
+        zeros = None if stored.zeros is None else self._each_row(stored.zeros)
+        return self._each_row(self.near(stored.scales.restored)), zeros
 
     def round_in_order(self, stored: Stored) -> np.ndarray:
         """Levels, float32 ``[out, in]``: columns of large inputs first, the others make up."""
         order = self._plain.diagonal().argsort(descending=True, stable=True)
         places = (order // self.matrix.group).int().numpy()
-        x = self._each_row(self.near_rows)[:, order.numpy()]  # type: ignore[index]
+        x = self._each_row(self.near_rows)[:, order.numpy()]
         values = native.round_in_order(
             np.ascontiguousarray(x),
             self.factor(order).float().contiguous().numpy(),
             places if not self.matrix.is_one_block else places * 0,
-            self._each_row(self.near(stored.scales.restored)),
-            self._each_row(stored.zeros),
+            *self._opened(stored),
             self._levels(),
         )
         back = np.empty_like(values)
@@ -110,17 +112,16 @@ class CoupledProblem(Problem):
         return back
 
     def descend(self, stored: Stored, values: np.ndarray, sweeps: int) -> tuple[Stored, np.ndarray]:
-        """Scales, zeros and levels of less loss, by coordinate descent; one scale stays as it is."""
+        """Scales, zeros and levels of less loss, by descent. ``values`` is used up."""
         scheme, x = self.scheme, self.near_rows
         hessian = self._damped(self._damping).float()
-        scales = self._each_row(self.near(stored.scales.restored))
-        zeros = self._each_row(stored.zeros)
+        scales, zeros = self._opened(stored)
         off = torch.from_numpy(x - self._decoded(values, scales, zeros))
         slopes = (off @ hessian).numpy()
         moves = scheme.grid != "mxfp4" and not self.matrix.is_one_block
         find = self.find(native.BOTH)
         steps = stored.scales.steps
-        made = native.descend(
+        native.descend(
             values,
             slopes,
             scales,
@@ -135,35 +136,31 @@ class CoupledProblem(Problem):
             moves,
         )
         if not moves:
-            return stored, made.values
-        kept = self.store(
-            self.far(made.scales), made.zeros, None if steps is None else _floats(steps)
-        )
-        return kept, made.values
+            return stored, values
+        own = None if steps is None else _floats(steps)
+        return self.store(self.far(scales), zeros, own), values
 
     def _zero_dtype(self) -> str:
         return self.matrix.source.name if self.scheme.zero_point == "float" else "float32"
 
     def _decoded(
-        self, values: np.ndarray, scales: np.ndarray | None, zeros: np.ndarray | None
+        self, values: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None
     ) -> np.ndarray:
         every = slice(None)
-        wide = self.matrix.per_weight(scales, every) if scales is not None else 1
         if zeros is not None:
             values = values - self.matrix.per_weight(zeros, every)
-        decoded: np.ndarray = values * wide
+        decoded: np.ndarray = values * self.matrix.per_weight(scales, every)
         return decoded
 
     def pack_values(self, stored: Stored, values: np.ndarray) -> PackedWeights:
         """The matrix of levels that are chosen already."""
-        if self.table is None:
+        if self.codebook is None:
             dtype = "uint8" if stored.zeros is not None else "int8"
             codes = values.astype(dtype)
         else:
             dtype, codes = "uint8", np.empty(values.shape, "uint8")
-            book = self.codebook
             for row in range(len(values)):
-                levels = book[row if len(book) > 1 else 0]
+                levels = self.codebook[row if len(self.codebook) > 1 else 0]
                 order = levels.argsort(kind="stable")
                 codes[row] = order[np.searchsorted(levels[order], values[row])]
         return self.pack(stored, native.as_tensor_like(codes, dtype, self.matrix.weight))

@@ -320,14 +320,6 @@ def round_in_order(
     return values
 
 
-class Descended(NamedTuple):
-    """Levels, scales and zeros after a descent, in the arrays that were given."""
-
-    values: Array
-    scales: Array
-    zeros: Array | None
-
-
 def descend(
     values: Array,
     slopes: Array,
@@ -341,7 +333,7 @@ def descend(
     dtypes: tuple[str, str],
     sweeps: int,
     refits: bool,
-) -> Descended:
+) -> None:
     """Coordinate descent over levels, scales and zeros, in place; ``qk_descend``.
 
     ``fit`` says which scales and zeros there are, ``dtypes`` which types they are rounded to.
@@ -351,7 +343,6 @@ def descend(
         values, slopes, scales, zeros, hessian, steps, *values.shape, group, *levels.numbers(),
         *kinds, fit.least_scale, *fit.zeros, fit.zero_step, sweeps, int(refits),
     )  # fmt: skip
-    return Descended(values, scales, zeros)
 
 
 # ---- linear ----------------------------------------------------------------------------------
