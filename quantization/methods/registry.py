@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 
 from quantization.methods.columns import awq, sinq, sinq_lsq
-from quantization.methods.hqq import hqq
 from quantization.methods.gptq import descent, gptq
+from quantization.methods.hqq import hqq
 from quantization.methods.lsq import lsq
 from quantization.methods.statistics import Statistics
 from quantization.ops import native
