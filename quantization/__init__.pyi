@@ -1,5 +1,6 @@
 """The public names and where they come from: read by type checkers, and by the package itself."""
 
+from quantization.calibration.budget import plan_bits as plan_bits
 from quantization.calibration.calibrate import calibrate as calibrate
 from quantization.calibration.evaluate import (
     Divergence as Divergence,
@@ -10,6 +11,10 @@ from quantization.calibration.evaluate import (
 from quantization.calibration.files import (
     load_statistics as load_statistics,
     save_statistics as save_statistics,
+)
+from quantization.calibration.plans import (
+    BitPlan as BitPlan,
+    PlannedLayer as PlannedLayer,
 )
 from quantization.checkpoint import (
     load_quantized as load_quantized,
