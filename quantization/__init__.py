@@ -40,8 +40,8 @@ def __getattr__(name: str) -> Any:
     return value
 
 
-def _notify_integrations(report: Any) -> None:
-    import_module("quantization.integrations").note_swap(report)
+def _notify_integrations(model: Any) -> None:
+    import_module("quantization.integrations").note_swap(model)
 
 
 OBSERVERS.append(_notify_integrations)

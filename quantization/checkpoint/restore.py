@@ -15,6 +15,7 @@ from quantization.checkpoint.stored_model import StoredLayer, StoredModel, saved
 from quantization.layers.float_layers import is_conv1d, why_embedding_left, why_left
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.ops.dtypes import SOURCES, name_of
+from quantization.swap import OBSERVERS
 from quantization.swap.attention import splitting_attention
 from quantization.swap.conversion import convert
 from quantization.swap.engine import Store, assign, stores_of, tensors_of
@@ -76,7 +77,10 @@ def restore_model(stored: StoredModel, model: nn.Module) -> nn.Module:
             assign([(mapping, name, old, new) for mapping, name, new, old in unfused])
             raise
         assign(stores + stores_of(sites, made))
-    return made.get(id(inner), model)
+    restored = made.get(id(inner), model)
+    for observe in OBSERVERS:
+        observe(restored)
+    return restored
 
 
 def _unfused(stored: StoredModel, sites: list[Site]) -> list[Store]:

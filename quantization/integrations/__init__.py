@@ -14,25 +14,30 @@ from typing import Any
 __all__ = ["note_swap"]
 
 # What is in sys.modules once a library holds models -> the module here that knows it.
-_HOMES = {"transformers.modeling_utils": "transformers", "peft": "peft"}
+_HOMES = {
+    "transformers.modeling_utils": "transformers",
+    "peft": "peft",
+    "diffusers": "foreign_saves",
+    "sentence_transformers": "foreign_saves",
+}
 
 
-def note_swap(report: Any) -> None:
+def note_swap(model: Any) -> None:
     """Let every library that is in use take note of a swap of layers.
 
     A library of a version that is not known here is left alone.
 
     Args:
-        report: the :class:`quantization.ReplacementReport` of the swap.
+        model: what layers were swapped in.
 
     Example:
         >>> import torch
         >>> from quantization import quantize_model
-        >>> note_swap(quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), "w4"))
+        >>> note_swap(quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), "w4").model)
     """
     for library, home in _HOMES.items():
         if library in sys.modules:
             with suppress(ImportError):
                 note = getattr(import_module(f"{__name__}.{home}"), "note_swap", None)
                 if note is not None:
-                    note(report)
+                    note(model)

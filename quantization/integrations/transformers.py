@@ -164,14 +164,14 @@ class Quantizer(HfQuantizer):
 # ---- models that were quantized by hand ------------------------------------------------------
 
 
-def note_swap(report: ReplacementReport) -> None:
+def note_swap(model: torch.nn.Module) -> None:
     """Take note of a swap of layers: transformers must not tie what is codes now.
 
     Example:
         >>> from quantization import quantize_model
-        >>> note_swap(quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), "w4"))
+        >>> note_swap(quantize_model(torch.nn.Sequential(torch.nn.Linear(8, 8)), "w4").model)
     """
-    restrict_ties(report.model)
+    restrict_ties(model)
 
 
 @contextmanager

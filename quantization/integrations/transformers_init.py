@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from quantization.layers.quantized_module import QuantizedModule
+from quantization.swap.experts import UnfusedExperts
 
 __all__ = ["is_initialized", "keeping_codes", "mark_as_initialized"]
 
@@ -61,6 +62,7 @@ def keeping_codes(model: nn.Module, *_: Any, **__: Any) -> Iterator[None]:
 
     Their weight has the mark, and ``reset_parameters`` is that of the float layer, which leaves
     alone what has it. A bias is a Parameter: some families ask a layer's first for its dtype.
+    Experts that were unfused have the names of the fused ones, for what initialises these.
 
     Example:
         >>> with keeping_codes(nn.Linear(8, 8)):
@@ -71,6 +73,13 @@ def keeping_codes(model: nn.Module, *_: Any, **__: Any) -> Iterator[None]:
         yield
         return
     buffers = [(layer, dict(layer._buffers)) for layer in layers]
+    experts = [
+        (module, f"{name}{end}")
+        for module in model.modules()
+        if isinstance(module, UnfusedExperts)
+        for name in module.projections
+        for end in ("", "_bias")
+    ]
     weight, reset = QuantizedModule.weight, QuantizedModule.reset_parameters
     cls: Any = QuantizedModule
     cls.weight = property(_marked, weight.fset)
@@ -80,8 +89,13 @@ def keeping_codes(model: nn.Module, *_: Any, **__: Any) -> Iterator[None]:
             if own.get("bias") is not None:
                 bias = layer._parameters["bias"] = nn.Parameter(layer._buffers.pop("bias"), False)
                 setattr(bias, _MARK, is_initialized(own["bias"]))
+        for each, name in experts:
+            each.__dict__[name] = torch.empty(0)
+            setattr(each.__dict__[name], _MARK, True)
         yield
     finally:
+        for each, name in experts:
+            each.__dict__.pop(name, None)
         cls.weight, cls.reset_parameters = weight, reset
         for layer, own in buffers:
             if "bias" in own and "bias" not in layer._buffers:

@@ -3,5 +3,5 @@
 from collections.abc import Callable
 from typing import Any
 
-#: Called with the ReplacementReport of every swap; what stands above adds itself here.
+#: Called with each model some layers of which were swapped; what stands above adds itself here.
 OBSERVERS: list[Callable[[Any], None]] = []

@@ -93,7 +93,7 @@ def swap(
     report = _report(sites, layers, target, swapped, {"noun": noun} | words)
     assign(stores_of(sites, swapped))
     for observe in OBSERVERS:
-        observe(report)
+        observe(report.model)
     return report
 
 

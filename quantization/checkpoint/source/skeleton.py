@@ -161,8 +161,8 @@ def skeleton_of_names(shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> nn.M
     """A model whose state dict has those keys, on meta, for checkpoints without a class.
 
     A key ``*.weight`` of floats in two dimensions is taken for a linear layer ``[out, in]``; for an
-    embedding if its name has ``embed`` in it or is ``wte``, ``wpe`` or ``shared``. All else are
-    parameters.
+    embedding if its name has ``embed`` in it or is ``wte``, ``wpe`` or ``shared``, and it has no
+    bias. All else are parameters.
 
     Args:
         shapes: dtype (torch's name) and shape by key.
@@ -213,6 +213,6 @@ def _layer(name: str, shapes: Mapping[str, tuple[str, tuple[int, ...]]]) -> nn.M
     dtype, shape = shapes.get(f"{name}.weight", ("", ()))
     if len(shape) != 2 or dtype not in ("float32", "bfloat16", "float16", "float64"):
         return None
-    if _TABLES.search(name.rpartition(".")[2]):
+    if _TABLES.search(name.rpartition(".")[2]) and f"{name}.bias" not in shapes:
         return nn.Embedding(*shape, device="meta")
     return nn.Linear(shape[1], shape[0], bias=f"{name}.bias" in shapes, device="meta")
