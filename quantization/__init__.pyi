@@ -63,6 +63,7 @@ from quantization.ops.runtime import (
     set_isa as set_isa,
     set_num_threads as set_num_threads,
 )
+from quantization.schemes.codebooks import register_grid as register_grid
 from quantization.schemes.kernel_choice import (
     LinearKernel as LinearKernel,
     linear_kernel as linear_kernel,

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from quantization.numerics.granularity import Granularity, PerDimension, PerGroup
 from quantization.numerics.parameters import Mode, check_granularity, check_mode
+from quantization.ops.dtypes import index_of
 from quantization.schemes.column_order import COLUMN_PARTS
 
-__all__ = ["MX_GROUP", "PER_ROW", "along_rows", "check_scheme"]
+__all__ = [
+    "MX_GROUP",
+    "PER_ROW",
+    "along_rows",
+    "check_scheme",
+    "checked_levels",
+    "checked_shape",
+]
 
-GRIDS = ("integer", "nf4", "fp4", "mxfp4", "kmeans", "binary", "ternary")
+GRIDS = ("integer", "nf4", "fp4", "mxfp4", "kmeans", "binary", "ternary", "table")
 ZERO_POINTS = ("integer", "float", "fixed")
 MX_GROUP = 32
 PER_ROW = PerDimension(1)
@@ -28,6 +37,7 @@ def check_scheme(scheme: Any) -> None:
     _check_granularity(scheme)
     _check_scales(scheme)
     _check_columns(scheme)
+    _check_levels(scheme)
 
 
 def along_rows(granularity: Any) -> Granularity:
@@ -114,3 +124,39 @@ def _check_columns(scheme: Any) -> None:
             "input_order says which columns are of one group: use PerGroup(by, 1), not "
             f"{scheme.granularity}"
         )
+
+
+def checked_levels(levels: Any) -> tuple[float, ...] | None:
+    """Levels of a table as floats; None stays None.
+
+    Raises:
+        TypeError: for anything but numbers.
+        ValueError: for a NaN or infinity, or levels that are all 0.
+    """
+    if levels is None:
+        return None
+    try:
+        given = tuple(float(level) for level in levels)
+    except (TypeError, ValueError):
+        raise TypeError(f"levels are numbers, one a code, not {levels!r:.60}") from None
+    if not all(map(math.isfinite, given)) or not any(given):
+        raise ValueError(f"levels must be finite and not all 0, not {levels!r:.60}")
+    return given
+
+
+def _check_levels(scheme: Any) -> None:
+    if (scheme.levels is None) == (scheme.grid == "table"):
+        verb = "needs levels, one a code" if scheme.grid == "table" else "has no levels to give"
+        raise ValueError(f"grid {scheme.grid!r} {verb}; grid 'table' is for levels of your own")
+    if scheme.levels is not None and len(scheme.levels) != 2**scheme.bits:
+        raise ValueError(
+            f"codes of {scheme.bits} bits have {2**scheme.bits} levels, not {len(scheme.levels)}"
+        )
+
+
+def checked_shape(shape: Any) -> tuple[int, int]:
+    """``(out_features, in_features)`` as ints, neither negative."""
+    sizes = tuple(index_of(size, "a size of shape") for size in shape)
+    if len(sizes) != 2 or min(sizes) < 0:
+        raise ValueError(f"shape must be (out_features, in_features), not {sizes}")
+    return sizes

@@ -14,6 +14,8 @@ never chosen.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,16 @@ import numpy as np
 from quantization.ops import native
 from quantization.ops.dtypes import index_of
 
-__all__ = ["E2M1", "FP4", "NF4", "fit_codebook", "fit_ternary"]
+__all__ = [
+    "E2M1",
+    "FP4",
+    "NF4",
+    "fit_codebook",
+    "fit_ternary",
+    "own_grids",
+    "own_levels",
+    "register_grid",
+]
 
 
 def _signed(*levels: float) -> tuple[float, ...]:
@@ -54,9 +65,78 @@ FP4 = _signed(0.0, 0.0625 / 12, 8 / 12, 1.0, 4 / 12, 6 / 12, 2 / 12, 3 / 12)
 #: OCP Microscaling formats, version 1.0 (2023), table of FP4.
 E2M1 = _signed(0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
+#: Levels by bits, of grids that have names of their own.
+_OWN: dict[str, tuple[float, ...] | Callable[[int], Iterable[float]]] = {}
+_TAKEN = re.compile(r"w|int|kmeans|nf|fp|mxfp|binary|ternary|table")
+
+
 _EXACT = 1 << 16  # values that a row may have for each to be a place where levels part
 _CELL_BITS = 12  # of a float32's mantissa, left out where values are gathered into cells
 _AT_ONCE = 1 << 22  # values that are gathered at once
+
+
+def register_grid(name: str, levels: Iterable[float] | Callable[[int], Iterable[float]]) -> None:
+    """Let schemes name a table of levels of one's own: ``"nameg32"``; of a function ``"name3g32"``.
+
+    A weight is the nearest level times its scale, and the scale of a group its largest magnitude
+    over the largest level's; methods that fit scales, such as ``lsq``, fit these too. The scheme
+    itself is ``table(-1,0,...)g32``: its levels are data, so what is saved loads anywhere.
+
+    Args:
+        name: letters and underscores, not that of another grid.
+        levels: 2, 4, ... or 256 numbers in any order, one a code; or a function from the width of a
+            code to these.
+
+    Raises:
+        TypeError: if that is neither, or ``name`` is no string.
+        ValueError: for another name, one that is taken by other levels, or another count of levels.
+
+    Example:
+        >>> from quantization import pack_matrix
+        >>> register_grid("steep", [-1, -0.25, 0.25, 1])
+        >>> pack_matrix(np.array([[-8.0, 1.9, 3, 8]]), "steep").dequantize()
+        array([[-8.,  2.,  2.,  8.]])
+        >>> register_grid("cubic", lambda bits: np.linspace(-1, 1, 2**bits) ** 3)
+        >>> str(pack_matrix(np.ones((1, 4)), "cubic1g2+dq").scheme)
+        'table(-1,1)g2+dq'
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"the name of a grid is a string, not {name!r:.60}")
+    if not re.fullmatch("[A-Za-z_]+", name) or _TAKEN.fullmatch(name):
+        raise ValueError(
+            f"the name of a grid is letters and underscores, and not that of another: {name!r:.60}"
+        )
+    source = levels if callable(levels) else _counted(levels, None)
+    if _OWN.setdefault(name, source) != source:
+        raise ValueError(f"there is a grid {name!r} of other levels already; choose another name")
+
+
+def own_grids() -> tuple[str, ...]:
+    """Names of registered grids."""
+    return tuple(_OWN)
+
+
+def own_levels(name: str, bits: int | None) -> tuple[float, ...]:
+    """The levels of a registered grid, for codes of that width; None: the only one it has.
+
+    Raises:
+        ValueError: for a width that it does not have.
+    """
+    source = _OWN[name]
+    if not callable(source):
+        return _counted(source, bits)
+    if bits is None:
+        raise ValueError(f"the grid {name!r} has several widths: write one, such as {name}4")
+    return _counted(source(bits), bits)
+
+
+def _counted(levels: Any, bits: int | None) -> tuple[float, ...]:
+    given = tuple(float(level) for level in levels)
+    if len(given) not in [2**width for width in range(1, 9)] or bits not in (
+        None, (len(given) - 1).bit_length()
+    ):  # fmt: skip
+        raise ValueError(f"there are {len(given)} levels, and codes of {bits or '1..8'} bits")
+    return given
 
 
 def fit_codebook(values: np.ndarray, bits: int, weights: np.ndarray | None = None) -> np.ndarray:

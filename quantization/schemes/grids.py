@@ -250,8 +250,10 @@ def _exact_zero_points(matrix: Matrix, scales: np.ndarray) -> np.ndarray:
 def _table(matrix: Matrix) -> Coded:
     largest = matrix.largest_magnitudes()
     is_mx = matrix.scheme.grid == "mxfp4"
-    stored = as_exponents(largest, matrix.weight) if is_mx else matrix.store(largest)
-    return _nearest(matrix, stored, np.array([_TABLES[matrix.scheme.grid]]))
+    levels = np.array([matrix.scheme.levels or _TABLES[matrix.scheme.grid]])
+    if is_mx:
+        return _nearest(matrix, as_exponents(largest, matrix.weight), levels)
+    return _nearest(matrix, matrix.store(largest / np.abs(levels).max()), levels)
 
 
 def _nearest(matrix: Matrix, stored: StoredScales, levels: np.ndarray) -> Coded:
@@ -358,6 +360,7 @@ _ENCODERS = {
     "nf4": _table,
     "fp4": _table,
     "mxfp4": _table,
+    "table": _table,
     "kmeans": _kmeans,
     "binary": _binary,
     "ternary": _ternary,

@@ -8,6 +8,7 @@ from typing import Any
 
 from quantization.numerics.granularity import Granularity, PerDimension, PerGroup
 from quantization.numerics.parameters import Mode
+from quantization.schemes.codebooks import own_grids, own_levels
 from quantization.schemes.column_order import COLUMN_PARTS
 
 __all__ = ["fields_from", "name_of_scheme", "parse_name", "plain_of"]
@@ -18,6 +19,7 @@ _NAME = re.compile(
     r"(?P<mode>af|a|s)?"
     r"(?P<options>(?:\+\w+)*)"
 )
+_LISTED = re.compile(r"table\(([^)]*)\)")
 _GRIDS = {"w": "integer", "int": "integer", "nf": "nf4", "fp": "fp4", "mxfp": "mxfp4"}
 _WIDTHS = {"binary": 1, "ternary": 2}
 _SPANS = {
@@ -47,7 +49,8 @@ def parse_name(text: Any) -> dict[str, Any]:
     """
     if not isinstance(text, str):
         raise TypeError(f"the name of a scheme is a string, not {type(text).__name__}")
-    match = _NAME.fullmatch(text)
+    levels, spelled = _levels_of(text)
+    match = _NAME.fullmatch(spelled)
     bits = match and (match["bits"] or _WIDTHS.get(match["base"]))
     if not match or not bits or (match["bits"] and match["base"] in _WIDTHS):
         raise ValueError(
@@ -57,6 +60,8 @@ def parse_name(text: Any) -> dict[str, Any]:
         )
     grid = _GRIDS.get(match["base"], match["base"])
     values = {"bits": int(bits), "grid": grid, "granularity": _span(match, grid)}
+    if levels is not None:
+        values |= {"bits": (len(levels) - 1).bit_length(), "grid": "table", "levels": levels}
     if match["mode"] in ("a", "af"):
         values["mode"] = Mode.Asymmetric
     if match["mode"] == "af":
@@ -64,6 +69,22 @@ def parse_name(text: Any) -> dict[str, Any]:
     for option in match["options"].split("+")[1:]:
         values |= _option(text, option, values)
     return values
+
+
+def _levels_of(text: str) -> tuple[tuple[float, ...] | None, str]:
+    """The levels of a table that a name begins with, and the name with ``w1`` in their place."""
+    listed = _LISTED.match(text)
+    if listed:
+        try:
+            levels = tuple(float(level) for level in listed[1].split(","))
+        except ValueError:
+            raise ValueError(f"{text!r:.80} lists levels that are no numbers") from None
+        return levels, "w1" + text[listed.end() :]
+    for name in sorted(own_grids(), key=len, reverse=True):
+        found = re.match(rf"{name}(\d*)(?=[grt+]|$)", text)
+        if found:
+            return own_levels(name, int(found[1]) if found[1] else None), "w1" + text[found.end() :]
+    return None, text
 
 
 def _span(match: re.Match[str], grid: str) -> Granularity:
@@ -104,6 +125,8 @@ def name_of_scheme(scheme: Any) -> str:
     base = {"integer": f"w{scheme.bits}", "kmeans": f"kmeans{scheme.bits}"}.get(
         scheme.grid, scheme.grid
     )
+    if scheme.levels is not None:
+        base = f"table({','.join(repr(level).removesuffix('.0') for level in scheme.levels)})"
     mode = ""
     if scheme.mode is Mode.Asymmetric:
         mode = "a" if scheme.zero_point == "integer" else "af"
@@ -136,8 +159,10 @@ def plain_of(values: dict[str, Any]) -> dict[str, Any]:
             granularity = {"kind": "row"}
         case _:
             granularity = {"kind": "tensor"}
-    plain = values | {"granularity": granularity, "mode": values["mode"].value}
-    return {name: value for name, value in plain.items() if value or name not in COLUMN_PARTS}
+    levels = values["levels"] and list(values["levels"])
+    plain = values | {"granularity": granularity, "mode": values["mode"].value, "levels": levels}
+    seldom = (*COLUMN_PARTS, "levels")
+    return {name: value for name, value in plain.items() if value or name not in seldom}
 
 
 def fields_from(plain: Any, known: list[str]) -> dict[str, Any]:

@@ -46,6 +46,7 @@ from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.ops import native
 from quantization.ops.dtypes import name_of, source_of
 from quantization.ops.native import Tensor
+from quantization.schemes.checks import checked_shape
 from quantization.schemes.column_order import (
     COLUMN_PARTS,
     checked_importance,
@@ -53,7 +54,7 @@ from quantization.schemes.column_order import (
     times_columns,
 )
 from quantization.schemes.grids import WEIGHED, Coded, Matrix, encode_matrix
-from quantization.schemes.scheme import Scheme, checked_shape, scheme_of
+from quantization.schemes.scheme import Scheme, scheme_of
 from quantization.schemes.stored_scales import restore, restore_zeros
 
 __all__ = ["OPERANDS", "PARTS", "PackedWeights", "pack_matrix"]

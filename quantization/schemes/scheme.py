@@ -10,6 +10,7 @@ grid         bits  a weight is                                      source
 ``kmeans``   1..8  one of ``2**bits`` fitted levels ``* scale``     Deep Compression, S. Han (2016)
 ``binary``   1     ``-scale`` or ``scale``                          XNOR-Net, M. Rastegari (2016)
 ``ternary``  2     ``-scale``, 0 or ``scale`` (1.6 bits stored)     TWN, F. Li (2016)
+``table``    1..8  one of ``2**bits`` levels given ``* scale``      :func:`register_grid`
 ===========  ====  ===============================================  ==============================
 
 What is stored where is written at the head of :mod:`quantization.schemes.packed_weights`.
@@ -25,7 +26,14 @@ from typing import Any, NamedTuple, Self
 from quantization.numerics.granularity import Granularity, PerDimension, PerGroup
 from quantization.numerics.parameters import Mode
 from quantization.ops.dtypes import SOURCES, index_of, source_of
-from quantization.schemes.checks import MX_GROUP, PER_ROW, along_rows, check_scheme
+from quantization.schemes.checks import (
+    MX_GROUP,
+    PER_ROW,
+    along_rows,
+    check_scheme,
+    checked_levels,
+    checked_shape,
+)
 from quantization.schemes.names import fields_from, name_of_scheme, parse_name, plain_of
 
 __all__ = ["Buffer", "Scheme", "scheme_of"]
@@ -70,6 +78,7 @@ class Scheme:
             not be neighbours (GPTQ's act-order). What is quantized here keeps the order it has.
         input_scale: whether each column has a multiplier (SINQ, AWQ): inputs are multiplied by it,
             and codes stand for the column divided by it. Rounding to nearest leaves it at 1.
+        levels: of the grid ``table``, one a code; None for the others.
 
     Raises:
         TypeError: for a field of the wrong type.
@@ -102,12 +111,14 @@ class Scheme:
     double_quant: bool = False
     input_order: bool = False
     input_scale: bool = False
+    levels: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "bits", index_of(self.bits, "bits"))
         object.__setattr__(self, "granularity", along_rows(self.granularity))
         if self.scale_dtype is not None:
             object.__setattr__(self, "scale_dtype", source_of(self.scale_dtype, "a scale").name)
+        object.__setattr__(self, "levels", checked_levels(self.levels))
         check_scheme(self)
 
     # ---- constructors ------------------------------------------------------------------------
@@ -223,8 +234,8 @@ class Scheme:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values (numbers, strings, None), fit for JSON.
 
-        ``input_order`` and ``input_scale`` are there only where they are true: readers that do not
-        know them read the rest.
+        ``input_order``, ``input_scale`` and ``levels`` are there only where they say something:
+        readers that do not know them read the rest.
 
         Example:
             >>> Scheme.nf4().to_dict()["granularity"]
@@ -383,14 +394,6 @@ def scheme_of(value: Any) -> Scheme:
     if not isinstance(value, Scheme):
         raise TypeError(f"scheme must be a Scheme or its short name, not {value!r:.60}")
     return value
-
-
-def checked_shape(shape: Any) -> tuple[int, int]:
-    """``(out_features, in_features)`` as ints, neither negative."""
-    sizes = tuple(index_of(size, "a size of shape") for size in shape)
-    if len(sizes) != 2 or min(sizes) < 0:
-        raise ValueError(f"shape must be (out_features, in_features), not {sizes}")
-    return sizes
 
 
 def _groups_of(group: int | None) -> Granularity:
