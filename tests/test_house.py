@@ -66,6 +66,7 @@ C_ARROWS = {
 # The rooms of the package from the ground up; a file reaches its own room and those before it.
 FLOORS = (
     "version",
+    "autoload",
     "forks",
     "console",
     "_kernels",
@@ -96,6 +97,7 @@ FACES = ("linear_quantizer", "weight_pack", "linear_layer", "main")
 
 # Where something of ours is loaded inside a function, and why it may be.
 LOADED_LATE = {
+    "autoload.py": "torch calls it in every program; few read folders of this package",
     "__init__.py": "names are loaded when they are used, so the NumPy core needs no torch",
     "cli/__init__.py": "the command line starts quickly",
     "formats/__init__.py": "the command line lists formats without loading them",

@@ -2,7 +2,8 @@
 
 transformers hands it to :mod:`quantization.integrations.transformers` when it loads the folder::
 
-    quant_method    "quantization"
+    quant_method    "quantization", and in parentheses what to import: readers that do not know it
+                    show it
     format_version  1
     recipe          the name of a scheme, or rules [{"pattern", "scheme"}], of which the first that
                     matches is followed; null where no such recipe made the layers
@@ -19,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from quantization.autoload import METHOD, METHODS
 from quantization.checkpoint.format import HOW_TO_READ
 from quantization.checkpoint.stored_model import StoredModel
 from quantization.models.recipe import W8A16
@@ -27,6 +29,7 @@ from quantization.schemes.scheme import Scheme
 __all__ = [
     "ENTRY",
     "METHOD",
+    "METHODS",
     "OPTIONS",
     "VERSION",
     "check_plain",
@@ -36,7 +39,6 @@ __all__ = [
 ]
 
 ENTRY = "quantization_config"
-METHOD = "quantization"
 VERSION = 1
 OPTIONS = ("exclude", "untie", "strict", "nonfinite", "unfuse_experts")
 KEYS = {
@@ -112,7 +114,7 @@ def check_plain(plain: dict[str, Any]) -> None:
     Example:
         >>> check_plain({"format_version": 1, "layers": {"0": "w4"}})
     """
-    if plain.get("quant_method", METHOD) != METHOD:
+    if plain.get("quant_method", METHOD) not in METHODS:
         raise ValueError(f"quant_method is {plain['quant_method']!r}, not {METHOD!r}")
     version = plain.get("format_version", None if "layers" in plain else VERSION)
     if type(version) is not int or not 1 <= version <= VERSION:

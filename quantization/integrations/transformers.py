@@ -41,7 +41,7 @@ from transformers.quantizers.auto import (
     register_quantizer,
 )
 
-from quantization.checkpoint.plain_config import METHOD
+from quantization.checkpoint.plain_config import METHODS
 from quantization.integrations.transformers_config import QuantizationConfig
 from quantization.integrations.transformers_init import keeping_codes
 from quantization.integrations.transformers_stored import (
@@ -231,11 +231,12 @@ def _within(context: Callable[..., AbstractContextManager[None]], original: Any)
 
 
 def _register() -> None:
-    for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
-        if getattr(mapping.get(METHOD), "__module__", "").startswith("quantization.integrations"):
-            del mapping[METHOD]  # this module, imported before and reloaded
-    register_quantization_config(METHOD)(QuantizationConfig)
-    register_quantizer(METHOD)(Quantizer)
+    for method in METHODS:
+        for mapping in (AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING):
+            if getattr(mapping.get(method), "__module__", "").startswith("quantization."):
+                del mapping[method]  # what waited for this module, or itself before a reload
+        register_quantization_config(method)(QuantizationConfig)
+        register_quantizer(method)(Quantizer)
     contexts = {
         "save_pretrained": _described,
         "resize_token_embeddings": _resizable,
