@@ -16,7 +16,7 @@ import os
 import pickle
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -37,6 +37,8 @@ from quantization.checkpoint.reading import check_hashes, check_record
 from quantization.checkpoint.source.float_source import FloatSource, open_source
 from quantization.checkpoint.unfinished import FILES, keep_only, partial_folder, unfinished
 from quantization.checkpoint.writing import MAX_SHARD_BYTES, Shard, finish, plan_shards, write_shard
+from quantization.methods.registry import method_name
+from quantization.methods.statistics import Statistics
 from quantization.models.recipe import Recipe
 from quantization.ops.dtypes import index_of
 from quantization.swap.patterns import Pattern
@@ -57,6 +59,7 @@ def quantize_checkpoint(
     model: nn.Module | None = None,
     nonfinite: str = "raise",
     unfuse_experts: bool = False,
+    statistics: Mapping[str, Statistics] | None = None,
     overwrite: bool = False,
     restart: bool = False,
     workers: int = 1,
@@ -67,7 +70,8 @@ def quantize_checkpoint(
 
     The result is what :func:`quantization.quantize_model` and :func:`save_quantized` would give,
     bit for bit. Peak memory is that of the largest tensor and some blocks; a scheme with one scale
-    or codebook for a whole matrix needs that matrix in float32 besides.
+    or codebook for a whole matrix, and a method other than ``rtn``, needs that matrix in float32
+    besides.
 
     A run that was killed leaves its finished files in ``.<destination>.partial``. The same call
     checks their hashes and goes on; a call with another recipe or a changed source is refused.
@@ -88,6 +92,8 @@ def quantize_checkpoint(
         nonfinite: as for :func:`quantization.quantize_model`.
         unfuse_experts: give each expert of fused ones linear layers, as
             :func:`quantization.unfuse_experts` does; one expert is read at a time.
+        statistics: as for :func:`quantization.quantize_model`, of the float model's layers; those
+            of :func:`quantization.load_statistics` are read layer by layer.
         overwrite: replace a destination that is there, once the new one is complete.
         restart: throw away what an earlier run finished.
         workers: processes of this machine, which share torch's threads. With ``torchrun``: 1.
@@ -124,14 +130,15 @@ def quantize_checkpoint(
     if workers > 1 and model is not None:
         raise ValueError("workers build the model themselves: give no model, or workers=1")
     options = {"exclude": exclude, "nonfinite": nonfinite, "unfuse_experts": unfuse_experts}
+    options["statistics"] = statistics
     if workers > 1:
-        _check_picklable(recipe, exclude)
+        _check_picklable(recipe, exclude, statistics)
     planned = _apart(open_source(source, recipe, model=model, **options), destination)
     _refuse_source(destination, *(file.path for file in planned.files.files.values()))
     _warn_dropped(planned)
     _warn_left(planned)
     shards = plan_shards(planned.stored, max_shard_bytes)
-    key = _fingerprint(planned, shards, nonfinite)
+    key = _fingerprint(planned, shards, nonfinite, statistics)
     with (
         _ranks(workers) as (rank, world),
         unfinished(destination, key, restart, is_first=rank == 0) as folder,
@@ -148,7 +155,7 @@ def quantize_checkpoint(
             records = {shard.name: _record(folder, shard) for shard in shards}
             if None in records.values():
                 raise CheckpointError(f"{folder}: a process did not finish its files")
-            if _fingerprint(planned, shards, nonfinite) != key:
+            if _fingerprint(planned, shards, nonfinite, statistics) != key:
                 raise CheckpointError(f"{source} was changed while it was read")
             keep_only(folder / FILES, records)
             finish(folder / FILES, planned.stored, records)
@@ -325,7 +332,12 @@ class _Meter:
             self._progress(self._done, self._total)
 
 
-def _fingerprint(planned: FloatSource, shards: list[Shard], nonfinite: str) -> str:
+def _fingerprint(
+    planned: FloatSource,
+    shards: list[Shard],
+    nonfinite: str,
+    statistics: Mapping[str, Statistics] | None,
+) -> str:
     """What two runs have in common exactly if their files are the same."""
     layers = planned.stored.layers
     told = {
@@ -336,9 +348,19 @@ def _fingerprint(planned: FloatSource, shards: list[Shard], nonfinite: str) -> s
         },
         "layers": {name: [layer.kind, layer.scheme.to_dict()] for name, layer in layers.items()},
         "nonfinite": nonfinite,
+        "methods": {c.name: method_name(c.method) for c in planned.report.replaced},
+        "statistics": _digest_of(statistics),
         "shards": {shard.name: sorted(shard.forms) for shard in shards},
     }
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+
+def _digest_of(statistics: Mapping[str, Statistics] | None) -> str:
+    """What tells statistics from others: their moments."""
+    total, known = hashlib.sha256(), statistics or {}
+    for name in sorted(known):
+        total.update(name.encode() + known[name].moments.numpy().tobytes())
+    return total.hexdigest()
 
 
 # ---- several machines ------------------------------------------------------------------------

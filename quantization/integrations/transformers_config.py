@@ -5,6 +5,7 @@ Its form in ``config.json``: :mod:`quantization.checkpoint.plain_config`.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Any, Self
 
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from quantization.calibration.files import load_statistics
 from quantization.checkpoint.plain_config import (
     METHOD,
     OPTIONS,
@@ -21,6 +23,7 @@ from quantization.checkpoint.plain_config import (
     table_of,
 )
 from quantization.layers.quantized_module import QuantizedModule
+from quantization.methods.statistics import Statistics
 from quantization.models.quantizer import form_of, quantize_model
 from quantization.models.recipe import W8A16, Recipe, read_recipe
 from quantization.schemes.scheme import Scheme
@@ -52,6 +55,9 @@ class QuantizationConfig(QuantizationConfigMixin):
         nonfinite: ``"raise"``, or ``"mark"``: a group with a NaN or infinity becomes NaN.
         unfuse_experts: give each expert of fused ones linear layers, so that they are quantized
             too, as :func:`quantization.unfuse_experts` does.
+        statistics: of the inputs of the model's layers, for methods that use them, as
+            :func:`quantization.quantize_model` takes them; or the file of
+            :func:`quantization.save_statistics`. They are not saved with the model.
 
     Attributes:
         layers: of a quantized model, the scheme of each layer by its dotted name; else None.
@@ -77,6 +83,7 @@ class QuantizationConfig(QuantizationConfigMixin):
         strict: bool = False,
         nonfinite: str = "raise",
         unfuse_experts: bool = False,
+        statistics: Mapping[str, Statistics] | str | os.PathLike[str] | None = None,
     ) -> None:
         if nonfinite not in ("raise", "mark"):
             raise ValueError(f"nonfinite must be 'raise' or 'mark', not {nonfinite!r}")
@@ -91,6 +98,8 @@ class QuantizationConfig(QuantizationConfigMixin):
         self.strict = strict
         self.nonfinite = nonfinite
         self.unfuse_experts = unfuse_experts
+        is_file = isinstance(statistics, str | os.PathLike)
+        self.statistics = load_statistics(statistics) if is_file else statistics
         self.layers: dict[str, str] | None = None
         self.ties: dict[str, str] = {}
 
@@ -168,6 +177,7 @@ class QuantizationConfig(QuantizationConfigMixin):
             untie=self.untie or self.recipe is None,
             strict=self.strict,
             nonfinite=self.nonfinite,
+            statistics=self.statistics,
         )
 
     def describe(self, model: nn.Module) -> Self:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from transformers.core_model_loading import ConversionOps
 
-from quantization.integrations.transformers_config import QuantizationConfig, rules_of
+from quantization.integrations.transformers_config import QuantizationConfig
 from quantization.integrations.transformers_init import mark_as_initialized
 from quantization.integrations.transformers_missing import (
     is_drawn,
@@ -21,10 +22,11 @@ from quantization.integrations.transformers_missing import (
 from quantization.integrations.transformers_ties import parameter_of, tie_parameters
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.models.quantizer import form_of, make_layer, quantize_model
+from quantization.models.recipe import Rule
 from quantization.swap.conversion import Maker, convert
 from quantization.swap.engine import assign, stores_of
 from quantization.swap.experts import UnfusedExperts, unfuse_experts
-from quantization.swap.report import ReplacementReport
+from quantization.swap.report import Candidate, ReplacementReport
 from quantization.swap.walker import walk
 
 __all__ = ["FloatWeights"]
@@ -85,7 +87,7 @@ class FloatWeights:
         report = config.quantize(twin)
         self.report: ReplacementReport = replace(report, model=None)  # which would hold the twin
         self._planned = {name for c in report.replaced for name in (c.name, *c.aliases)}
-        self._plans = list(self._plan(model, twin, {c.name: c.aliases for c in report.replaced}))
+        self._plans = list(self._plan(model, twin, {c.name: c for c in report.replaced}))
         for waiting in self._plans:
             if all(model.get_parameter(key).dtype == dtype for key in waiting.keys):
                 self._pending |= dict.fromkeys(waiting.keys, waiting)
@@ -94,24 +96,33 @@ class FloatWeights:
         self._tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}
         self._groups = self._claim_ties(model)
 
-    def _plan(self, model: Any, twin: nn.Module, layers: dict[str, tuple[str, ...]]) -> Any:
+    def _plan(self, model: Any, twin: nn.Module, layers: dict[str, Candidate]) -> Any:
         """What waits for weights: layers under each of their names, and modules of experts."""
-        nonfinite = self._config.nonfinite
+        nonfinite, known = self._config.nonfinite, self._config.statistics or {}
         for path, experts in twin.named_modules():
             if isinstance(experts, UnfusedExperts):
+                start = f"{path}."
                 inner = {
-                    name.removeprefix(f"{path}."): str(form_of(twin.get_submodule(name)))
-                    for name in layers
-                    if name.startswith(f"{path}.")
+                    name.removeprefix(start): Rule(form_of(twin.get_submodule(name)), c.method)
+                    for name, c in layers.items()
+                    if name.startswith(start)
                 }
-                make = partial(_quantized_experts, layers=inner, nonfinite=nonfinite)
+                own_known = {
+                    name.removeprefix(start): known[name]
+                    for name in layers
+                    if name.startswith(start) and name in known
+                }
+                ways = {"nonfinite": nonfinite, "statistics": own_known or None}
+                make = partial(_quantized_experts, layers=inner, **ways)
                 old = model.get_submodule(path)
                 keys = [name for name, value in old._parameters.items() if value is not None]
                 yield _pending_layer(path, old, make, experts, *keys)
-        for name, aliases in layers.items():
+        for name, c in layers.items():
             new: Any = twin.get_submodule(name)
-            make = partial(make_layer, scheme=form_of(new), nonfinite=nonfinite)
-            for own in (name, *aliases):
+            make = partial(make_layer, scheme=form_of(new), nonfinite=nonfinite, method=c.method)
+            if name in known:
+                make = partial(make, statistics=partial(known.__getitem__, name))
+            for own in (name, *c.aliases):
                 if _has(model, own):
                     yield _pending_layer(own, model.get_submodule(own), make, new, "weight")
 
@@ -283,11 +294,12 @@ def _pending_layer(
 
 
 def _quantized_experts(
-    old: nn.Module, name: str, *, layers: dict[str, str], nonfinite: str
+    old: nn.Module, name: str, *, layers: dict[str, Rule], nonfinite: str, statistics: Any
 ) -> nn.Module:
     """Experts with linear layers of their own, those in ``layers`` quantized."""
     new = UnfusedExperts(old)
-    quantize_model(new, rules_of(layers), nonfinite=nonfinite)
+    recipe = {"re:^" + re.escape(path) + "$": rule for path, rule in layers.items()}
+    quantize_model(new, recipe, nonfinite=nonfinite, statistics=statistics)
     for module in new.modules():
         if type(module) is nn.Linear:  # a view of the fused weight, which is to go
             module.weight = nn.Parameter(module.weight.detach().clone())

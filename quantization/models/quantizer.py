@@ -267,6 +267,7 @@ def _decide(
             )
         method = rule.rule.method
         layer.make = partial(make_layer, scheme=rule.scheme, nonfinite=nonfinite, method=method)
+        layer.method = method
     return True
 
 
@@ -280,7 +281,7 @@ def _hand_out(layers: list[Layer], statistics: Mapping[str, Statistics] | None) 
         known = next((name for name in layer.names if name in statistics), None)
         if known is not None:
             layer.make = partial(layer.make, statistics=partial(statistics.__getitem__, known))
-        elif layer.make.keywords["method"] != "rtn":
+        elif layer.method != "rtn":
             layer.reason = layer.reason or "fitted without statistics: there are none of it"
 
 

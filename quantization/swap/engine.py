@@ -36,6 +36,7 @@ class Layer:
         new: what was built.
         parameter: the key of a bare Parameter that this is about instead.
         is_other: it is no linear layer; it is named, and no reason for ``strict`` to refuse.
+        method: how its codes are found, for the report.
     """
 
     module: nn.Module
@@ -46,6 +47,7 @@ class Layer:
     new: nn.Module | None = None
     parameter: str = ""
     is_other: bool = False
+    method: Any = "rtn"
 
     @property
     def now(self) -> nn.Module:
@@ -250,6 +252,7 @@ def _candidate(layer: Layer) -> Candidate:
         aliases=tuple(layer.names[1:]),
         scheme="" if scheme is None else str(scheme),
         bits_per_weight=now.bits_per_weight if isinstance(now, QuantizedModule) else None,
+        method=layer.method,
     )
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import overload
+from typing import Any, overload
 
 from torch import nn
 
@@ -34,6 +34,7 @@ class Candidate:
         aliases: further names of the same module.
         scheme: of its codes, where it has one to tell; else empty.
         bits_per_weight: of what stands there now, scales included; None for a float layer.
+        method: how its codes were found: a name, or a function.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Candidate:
     aliases: tuple[str, ...] = ()
     scheme: str = ""
     bits_per_weight: float | None = None
+    method: Any = "rtn"
 
     @property
     def replaced(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,6 +36,8 @@ from quantization.checkpoint.stored_model import (
     saved_tensors,
     stored_model,
 )
+from quantization.methods.registry import fit_matrix
+from quantization.methods.statistics import Statistics
 from quantization.models.quantizer import quantize_model
 from quantization.models.recipe import Recipe
 from quantization.numerics.granularity import Granularity
@@ -80,6 +82,7 @@ def open_source(
     model: nn.Module | None = None,
     nonfinite: str = "raise",
     unfuse_experts: bool = False,
+    statistics: Mapping[str, Statistics] | None = None,
 ) -> FloatSource:
     """Plan the quantization of a checkpoint from its headers alone.
 
@@ -93,6 +96,7 @@ def open_source(
             :func:`quantization.checkpoint.source.skeleton.skeleton_of_names` says.
         nonfinite: as for :func:`quantization.quantize_model`.
         unfuse_experts: as for :func:`quantization.quantize_checkpoint`.
+        statistics: as for :func:`quantization.quantize_model`.
 
     Raises:
         FileNotFoundError, CheckpointError: if files are missing, broken, lack a tensor, or are
@@ -112,11 +116,17 @@ def open_source(
         sources |= parts_of_experts(sources, model.named_modules())
     found = _adopt_forms(files, list(walk(model)), sources)
     used &= {key for tensor in found.values() for key in tensor.keys}
-    options = {"exclude": exclude, "nonfinite": nonfinite}
+    options = {"exclude": exclude, "nonfinite": nonfinite, "statistics": statistics}
     report = quantize_model(model, recipe, **options, split_attention=False)  # files have it whole
     template = stored_model(report.model)
+    ways = {
+        name: partial(_fitted, c.method, statistics, (c.name, *c.aliases))
+        for c in report.replaced
+        if c.method != "rtn"
+        for name in (c.name, *c.aliases)
+    }
     layers = {
-        name: replace(layer, load=partial(_packed, found, name, layer, nonfinite))
+        name: replace(layer, load=partial(_packed, found, name, layer, nonfinite, ways.get(name)))
         for name, layer in template.layers.items()
     }
     tensors = {key: found[key] for key in template.tensors}
@@ -186,18 +196,29 @@ def _adopt_forms(
 
 
 def _packed(
-    sources: Mapping[str, SourceTensor], name: str, layer: StoredLayer, nonfinite: str
+    sources: Mapping[str, SourceTensor],
+    name: str,
+    layer: StoredLayer,
+    nonfinite: str,
+    pack: Callable[..., PackedWeights] | None,
 ) -> PackedWeights:
     """Read a weight and pack it, block by block of its rows where rows stand for themselves."""
     key = key_of(name, "weight")
     source, options = sources[key], {"nonfinite": nonfinite, "name": key}
+    way: dict[str, Any] = {"pack": pack} if pack else {}
     rows, cols = layer.shape
     dtype = getattr(torch, layer.dtype)
     block = max(1, _BLOCK_BYTES // max(1, cols * dtype.itemsize))
     is_turned = "was_conv1d" in layer.more
-    if source.rows is None or is_turned or not _rows_are_apart(layer.scheme) or rows <= block:
+    if (
+        pack
+        or source.rows is None
+        or is_turned
+        or not _rows_are_apart(layer.scheme)
+        or rows <= block
+    ):
         weight = source.load()
-        return pack_as(weight.t() if is_turned else weight, layer.scheme, dtype, **options)
+        return pack_as(weight.t() if is_turned else weight, layer.scheme, dtype, **way, **options)
     parts: dict[str, torch.Tensor] = {
         part: torch.empty(form.shape, dtype=getattr(torch, form.dtype))
         for part, form in layer.scheme.buffers(layer.shape, dtype).items()
@@ -214,6 +235,20 @@ def _packed(
             made = getattr(packed, part)
             tensor[slice(None) if len(made) == len(tensor) else slice(start, stop)] = made
     return PackedWeights(layer.scheme, layer.shape, **parts, dtype=dtype)
+
+
+def _fitted(
+    method: Any,
+    known: Mapping[str, Statistics] | None,
+    names: tuple[str, ...],
+    weight: torch.Tensor,
+    scheme: Scheme,
+    **options: Any,
+) -> PackedWeights:
+    """A weight packed by a method, with what is known of its layer's inputs under any name."""
+    name = next((name for name in names if known is not None and name in known), None)
+    statistics = known[name] if known is not None and name is not None else None
+    return fit_matrix(weight, scheme, method, statistics, **options)
 
 
 def _rows_are_apart(scheme: Scheme) -> bool:
