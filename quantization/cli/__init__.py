@@ -113,6 +113,12 @@ def _add_quantize(quantize: argparse.ArgumentParser, plan: argparse.ArgumentPars
         add("--exclude", action="append", default=[], metavar="PATTERN", help="leave in float")
         nonfinite = "what a NaN or infinity does: an error, or NaN for its group (default: raise)"
         add("--nonfinite", choices=("raise", "mark"), default="raise", help=nonfinite)
+        method = "how codes are found where no scheme says it (w4g32a:lsq): rtn, lsq, descent, ..."
+        add("--method", metavar="NAME", help=method)
+        known = "for methods: self (text that the model writes), random (token ids), or a file of "
+        add(
+            "--calibrate", metavar="WHAT", help=known + "save_statistics; the model is run in float"
+        )
         unfuse = "quantize fused experts (mixtures) too, each as layers of its own"
         add("--unfuse-experts", action="store_true", help=unfuse)
     add = quantize.add_argument

@@ -18,6 +18,7 @@ from quantization.checkpoint.format import FILE
 from quantization.checkpoint.source.float_source import open_source
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.cli.bench import bench_layers
+from quantization.cli.calibration import statistics_of, with_method
 from quantization.cli.output import Output
 from quantization.console.progress import progress
 from quantization.console.tables import size
@@ -46,24 +47,28 @@ def _recipe(options: argparse.Namespace) -> dict[str, str | None] | str:
             raise ValueError(f"a rule is PATTERN=NAME, not {rule!r}")
         if pattern in rules or (pattern == "*" and options.scheme):
             raise ValueError(f"two schemes are given for the pattern {pattern!r}")
-        rules[pattern] = None if name == "none" else name
+        rules[pattern] = with_method(None if name == "none" else name, options.method)
     if not rules and not options.scheme:
         raise ValueError("say what to make: --scheme w4g64a, or --rule PATTERN=NAME")
+    scheme = with_method(options.scheme, options.method)
     if not rules:
-        return options.scheme
-    return rules | ({"*": options.scheme} if options.scheme else {})
+        return scheme
+    return rules | ({"*": scheme} if scheme else {})
 
 
 def _quantize(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     if options.dry_run:
         return _plan(options, out)
+    recipe = _recipe(options)
     given = {"shard_bytes": "max_shard_bytes"}
     more = {given[name]: value for name in given if (value := getattr(options, name))}
+    statistics = statistics_of(options, recipe)
     with progress("quantize", "B") as show:
         report = checkpoint.quantize_checkpoint(
             options.source,
             options.destination,
-            _recipe(options),
+            recipe,
+            statistics=statistics,
             exclude=options.exclude,
             nonfinite=options.nonfinite,
             unfuse_experts=options.unfuse_experts,
