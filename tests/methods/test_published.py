@@ -9,6 +9,7 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
+from safetensors.torch import save_file
 from torch import nn
 
 from quantization import (
@@ -18,9 +19,11 @@ from quantization import (
     fit_matrix,
     load_quantized,
     pack_matrix,
+    quantize_checkpoint,
     quantize_model,
     save_quantized,
 )
+from quantization.checkpoint.source import float_source
 from quantization.methods.columns import divided, sinq
 from quantization.methods.hqq import half_quadratic
 from quantization.methods.lsq import lsq
@@ -218,3 +221,16 @@ def test_saved_models_are_the_same(method: str, tmp_path: Any) -> None:
     x = torch.randn(3, 64).bfloat16()
     assert torch.equal(again(x), model(x))
     assert all(same(again[i].packed(), model[i].packed()) for i in (0, 2))
+
+
+@pytest.mark.parametrize("recipe", ["w4g32a+cols:sinq", "w3g32af+dq+cols:sinq_lsq", "w4g32af:hqq"])
+def test_streamed_layers_have_the_bits_of_those_in_memory(
+    recipe: str, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float_source, "_BLOCK_BYTES", 4096)  # blocks of a few rows
+    model = nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64))
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    quantize_checkpoint(tmp_path / "model.safetensors", tmp_path / "small", recipe)
+    again = load_quantized(tmp_path / "small", nn.Sequential(nn.Linear(64, 96), nn.Linear(96, 64)))
+    quantize_model(model, recipe)
+    assert all(same(one.packed(), other.packed()) for one, other in zip(again, model, strict=True))
