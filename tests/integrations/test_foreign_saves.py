@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,14 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from quantization import load_quantized, quantize_checkpoint, quantize_model, save_quantized
+from quantization import (
+    dequantize_model,
+    load_quantized,
+    quantize_checkpoint,
+    quantize_model,
+    save_quantized,
+)
+from quantization.integrations.foreign_saves import note_swap
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
@@ -44,25 +50,19 @@ def test_diffusers_saves_floats_and_no_codes(tmp_path: Path) -> None:
         load_quantized(tmp_path / "streamed")
 
 
-def test_a_class_of_such_a_library_is_told_by_its_name(tmp_path: Path) -> None:
-    """Without the libraries: a class that says it is of one, and a part that saves itself."""
+def test_modules_of_sentence_transformers_are_saved_as_floats() -> None:
+    """Without the library: a class that says it is of it."""
 
-    class PreTrainedModel(torch.nn.Sequential):
-        pass
+    class Dense(torch.nn.Sequential):
+        __module__ = "sentence_transformers.base.modules.dense"
 
-    class Model(torch.nn.Sequential):
-        __module__ = "sentence_transformers.base.model"
+        def save_torch_weights(self) -> dict[str, Any]:
+            return self.state_dict()
 
-        def save(self, folder: Path) -> str:
-            return os.fspath(folder)
-
-    body, dense = PreTrainedModel(torch.nn.Linear(8, 8)), torch.nn.Linear(8, 8)
-    model = Model(body, dense)
-    quantize_model(body, "w8")
-    from quantization.integrations.foreign_saves import note_swap
-
-    note_swap(model)
-    assert model.save(tmp_path) == os.fspath(tmp_path)
-    quantize_model(model, "w8")
-    with pytest.raises(ValueError, match="1 is quantized, and sentence_transformers would load"):
-        model.save(tmp_path)
+    model = Dense(torch.nn.Linear(8, 8))
+    note_swap(quantize_model(model, "w8").model)  # a swap does that where the library is loaded
+    with pytest.warns(UserWarning, match="0 of Dense is saved as the float numbers of its codes"):
+        saved = model.save_torch_weights()
+    assert torch.equal(saved["0.weight"], model[0].weight) and "packed_weights" in dir(model[0])
+    dense = dequantize_model(model).model
+    assert dense.save_torch_weights().keys() == saved.keys()
