@@ -121,8 +121,8 @@ def sinq_lsq(weight: Tensor, scheme: Scheme, statistics: Statistics | None = Non
         ValueError: for a scheme without multipliers.
 
     Returns:
-        The packed matrix, in the time of both. It gains over ``lsq`` at 3 bits or fewer without
-        data; with moments ``lsq`` alone does better.
+        The packed matrix, in the time of both. It fails as :func:`sinq` does, but for what moments
+        tell of the inputs.
 
     Source: :func:`sinq` and :func:`quantization.methods.lsq.lsq`.
 
