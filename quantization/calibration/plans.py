@@ -20,6 +20,10 @@ __all__ = ["BitPlan", "PlannedLayer", "allocated", "bytes_for", "check_budget", 
 class PlannedLayer:
     """One weight of a plan.
 
+    Example:
+        >>> PlannedLayer("0", (8, 64), Rule("w4"), {"w4": 288}, {"w4": 0.01}).shape
+        (8, 64)
+
     Attributes:
         name: dotted name of the layer, the first of those that share the weight.
         shape: ``(out_features, in_features)``.
@@ -38,6 +42,15 @@ class PlannedLayer:
 @dataclass(frozen=True)
 class BitPlan:
     """What each layer is to become, and what that is expected to lose; print it.
+
+    Example:
+        >>> import torch
+        >>> from quantization import plan_bits
+        >>> model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.Linear(32, 32))
+        >>> choices, batches = ("w4", "w8"), [torch.randn(4, 32)]
+        >>> plan = plan_bits(model, target_bits=6, choices=choices, batches=batches)
+        >>> type(plan).__name__, plan.nbytes <= 2 * 32 * 32 * 6 / 8 + 4 * 64
+        ('BitPlan', True)
 
     Attributes:
         layers: weights with their choices and what was measured.

@@ -7,6 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
+pytest.importorskip("torch")
+
 from quantization.calibration import allocation
 from quantization.calibration.allocation import allocate, hull
 from tests.unittest_bridge import pytest_cases

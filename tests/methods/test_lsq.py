@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 
 from quantization import PackedWeights, Scheme, Statistics, fit_matrix, pack_matrix
 from quantization.methods.lsq import lsq

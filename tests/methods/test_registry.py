@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 from torch import nn
 
 import quantization

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+torch = pytest.importorskip("torch")
 from safetensors.torch import save_file
 from torch import nn
 
