@@ -46,7 +46,7 @@ def test_the_runner_tells_of_errors_crashes_and_hangs() -> None:
 
 
 def test_the_table_counts_and_shows_what_differs() -> None:
-    outcomes = {OURS.name: dict.fromkeys(CASES, "ok") | {"odd K": "a|b"}}
+    outcomes = {f"{OURS.name} {OURS.version}": dict.fromkeys(CASES, "ok") | {"odd K": "a|b"}}
     text = table([OURS], outcomes, "python -m benchmarks hostile")
     assert "| **passed** | 46 |" in text and "| odd K | a/b |" in text
     assert "All pass: zero row, all zeros" in text and "47 cases" in text
