@@ -113,7 +113,8 @@ qk_status qk_descend(const qk_descent *form)
                QK_BAD_CODES);
     QK_REQUIRE(qk_is_source(form->scale_dtype) && qk_is_source(form->zero_dtype), QK_BAD_DTYPE);
     descent_job job = {.form = form, .kernels = qk_active_kernels()};
-    qk_parallel_for(form->rows, rows_worth_a_thread(form->cols), descend_rows, &job);
+    QK_REQUIRE(qk_parallel_for(form->rows, rows_worth_a_thread(form->cols), descend_rows, &job),
+               QK_INTERRUPTED);
     return atomic_load(&job.failed) ? QK_OUT_OF_MEMORY : QK_OK;
 }
 
@@ -141,6 +142,7 @@ qk_status qk_round_in_order(const qk_rounding *form)
     for (size_t k = 0; k < form->cols; k++)
         QK_REQUIRE((size_t)qk_load_int32(places, k) < form->groups, QK_BAD_SHAPE);
     rounding_job job = {form, qk_active_kernels()};
-    qk_parallel_for(form->rows, rows_worth_a_thread(form->cols), round_rows, &job);
+    QK_REQUIRE(qk_parallel_for(form->rows, rows_worth_a_thread(form->cols), round_rows, &job),
+               QK_INTERRUPTED);
     return QK_OK;
 }

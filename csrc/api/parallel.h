@@ -13,8 +13,10 @@ typedef void (*qk_range_fn)(size_t first, size_t last, void *context);
  * under the caller's floating-point control state. A call from inside a worker is serial, and so is
  * one in a forked child when the threads are torch's, which did not survive the fork. fn must not
  * care how the items are cut.
- * 0: the program was asked after some of the items, and stopped; 1: all are done. */
-int qk_parallel_for(size_t items, size_t grain, qk_range_fn fn, void *context);
+ * 0: the program was asked after some of the items, and stopped; 1: all are done. Who does not look
+ * takes half a result for a whole one. */
+__attribute__((warn_unused_result)) int qk_parallel_for(size_t items, size_t grain, qk_range_fn fn,
+                                                        void *context);
 
 /* Asked by the thread that called, some fifty times a second in a long call; not 0: stop. */
 typedef int (*qk_pause)(void);
