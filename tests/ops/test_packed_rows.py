@@ -33,7 +33,7 @@ def decoded(
     weight: torch.Tensor, scheme: Scheme, rows: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     packed = pack_matrix(weight, scheme)
-    parts = [getattr(packed, name) for name in PARTS[:-1]]
+    parts = [getattr(packed, name) for name in PARTS[:5]]
     few = [part if part is None or len(part) != len(weight) else part[rows] for part in parts]
     bits = TERNARY if scheme.grid == "ternary" else scheme.bits
     got = decode_rows(*few, bits, scheme.group(weight.shape[1]), weight.shape[1])
