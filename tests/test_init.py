@@ -28,13 +28,18 @@ sys.meta_path.insert(0, Block())
 
 
 NEED_TORCH = {
+    "quantization.calibration.budget",
     "quantization.calibration.calibrate",
     "quantization.calibration.evaluate",
     "quantization.calibration.files",
+    "quantization.calibration.plans",
     "quantization.checkpoint",
     "quantization.swap.experts",
     "quantization.linear_layer",
+    "quantization.layers.float_layers",
+    "quantization.methods.registry",
     "quantization.methods.statistics",
+    "quantization.models.recipe",
     "quantization.models.quantizer",
     "quantization.layers.packed_embedding",
     "quantization.layers.packed_layer",

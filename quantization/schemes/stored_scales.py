@@ -163,12 +163,22 @@ def under_steps(
         array([[20, 10]], dtype=uint8)
     """
     wide = native.as_tensor_like(steps.astype("float32"), "float32", like)
-    stored_steps = native.cast(wide, dtype)
+    stored_steps = _rounded(wide, dtype)
     steps = native.to_array(native.cast(stored_steps, "float32"))
     share = np.divide(scales, steps[:, None], out=np.zeros_like(scales), where=steps[:, None] > 0)
     codes = np.clip(np.rint(share), np.where(scales > 0, 1, 0), _LARGEST_CODE).astype("uint8")
     stored = native.as_tensor_like(codes, "uint8", like)
     return StoredScales(stored, stored_steps, restore(stored, stored_steps))
+
+
+def _rounded(steps: Tensor, dtype: str) -> Tensor:
+    """Steps as that type; without torch and ml_dtypes bfloat16 numbers are kept in float32."""
+    try:
+        return native.cast(steps, dtype)
+    except TypeError:
+        bits = native.to_array(steps).view("uint32")
+        kept: np.ndarray = (bits + 0x7FFF + (bits >> 16 & 1)) & np.uint32(0xFFFF0000)
+        return kept.view("float32")
 
 
 def as_exponents(largest: np.ndarray, like: Tensor) -> StoredScales:
