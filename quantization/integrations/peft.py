@@ -36,7 +36,7 @@ need("peft", "peft", "0.21")
 
 from peft import LoraConfig
 from peft.tuners import lora
-from peft.tuners.lora import LoraModel, corda, loraga
+from peft.tuners.lora import LoraModel, loraga
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 
@@ -44,6 +44,11 @@ from quantization.layers.packed_embedding import PackedEmbedding
 from quantization.layers.quantized_linear import QuantizedLinear
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.models.quantizer import dequantize_model
+
+try:
+    from peft.tuners.lora import corda
+except ModuleNotFoundError:  # it needs the package attrs, which PEFT does not ask for
+    corda = None
 
 __all__ = ["LAYERS", "QuantizedLoraEmbedding", "QuantizedLoraLinear"]
 
@@ -290,7 +295,7 @@ _PATCHES = (
     (BaseTuner, "inject_adapter", _refusing_loftq),
     (BaseTuner, "_check_merge_allowed", _refusing),
     (loraga, "estimate_gradients", _refusing_gradients),
-    (corda, "get_model_device", _of_buffers_too),
+    *([(corda, "get_model_device", _of_buffers_too)] if corda else []),
 )
 
 

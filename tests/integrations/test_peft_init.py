@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("transformers", minversion="5.22")
 peft = pytest.importorskip("peft")
 
-from peft.tuners.lora import corda, loraga
+from peft.tuners.lora import loraga
 from peft.tuners.lora.config import CordaConfig
 
 from quantization import quantize_model
@@ -43,6 +45,9 @@ def config_of(how: Any, **options: Any) -> Any:
 def prepared(model: Any, how: Any) -> Any:
     """The configuration, after what PEFT wants done before."""
     if how == "corda":
+        pytest.importorskip("attr", reason="PEFT's corda needs attrs, which it does not install")
+        from peft.tuners.lora import corda
+
         config = config_of(how, corda_config=CordaConfig(corda_method="ipm"))
         corda.preprocess_corda(model, config, run_model=lambda: model(IDS[:1]))
         return config
@@ -53,6 +58,11 @@ def prepared(model: Any, how: Any) -> Any:
                 module._peft_loraga_grad = 0.01 * torch.randn(module.weight.shape)
         return config_of(how, lora_ga_config=peft.LoraGAConfig())
     return config_of(how)
+
+
+def test_pefts_corda_may_be_without_its_attrs() -> None:
+    code = "import sys; sys.modules['attr'] = None; import quantization.integrations.peft"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("how", [True, "gaussian", "orthogonal", "eva", "mica"])
