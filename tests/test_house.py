@@ -80,6 +80,7 @@ FLOORS = (
     "checkpoint/disk",
     "calibration",
     "checkpoint",
+    "inspection",
     "distributed",
     "formats",
     "formats/gguf",
@@ -109,6 +110,7 @@ MOST_FILES = 12
 
 # Packages that a file may import inside a function: they are extras, or what a torch tensor brings.
 OPTIONAL = {"torch", "transformers", "ml_dtypes", "gguf", "onnx", "peft", "rich", "tqdm"}
+OPTIONAL |= {"pandas", "matplotlib"}
 
 
 def includes(path: Path) -> list[str]:
