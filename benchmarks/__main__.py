@@ -14,6 +14,7 @@ import quantization
 from benchmarks import accuracy, hostile, machine, session
 from benchmarks.bench_backward import run_backward
 from benchmarks.bench_files import run_files
+from benchmarks.bench_in_a_model import run_in_a_model
 from benchmarks.bench_linear import run_linear
 from benchmarks.bench_model import run_model
 from benchmarks.bench_overhead import run_overhead
@@ -29,6 +30,7 @@ from benchmarks.summary import Verdict, summarize
 from benchmarks.tables import print_columns
 
 RUNNERS: dict[str, Callable[[Session], None]] = {
+    "in_a_model": run_in_a_model,
     "linear": run_linear,
     "packed": run_packed,
     "backward": run_backward,
@@ -97,6 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=_numbers, help="rows of activations, such as 1,16")
     parser.add_argument("--rounds", type=_number, help="samples of a candidate, at most")
     parser.add_argument("--seconds", type=float, help="of a cell, all candidates together")
+    parser.add_argument(
+        "--against", metavar="COMMIT", help="is built in a temporary folder; in_a_model times it"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="every number")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables and the summary")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="the roofline (matplotlib)")
@@ -115,6 +120,8 @@ def _settings(options: argparse.Namespace) -> Settings:
         "shapes": options.shape,
         "tokens": options.tokens,
         "packed_shapes": options.shape,
+        "cold_shapes": options.shape,
+        "against": options.against,
         "packed_tokens": options.tokens,
         "rounds": options.rounds,
         "seconds": options.seconds,

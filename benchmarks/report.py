@@ -24,7 +24,9 @@ float64 arithmetic on the float weights over the norm of that; *of its codes* th
 float64 arithmetic on the stored codes. W8A8 marks peers that quantize the activations as well.
 Weights of the limit's bandwidth and of every candidate stand in the same cache level, which is
 named: each sample follows an untimed call. *Into fresh pages* adds to the traffic the first touch
-of the result's memory, which an allocator that gives large blocks back has to pay at each call."""
+of the result's memory, which an allocator that gives large blocks back has to pay at each call.
+Layers in a row are held to a plain read of as many bytes as they have weights, and *vs earlier* to
+the build that ``--against`` names, which took turns with this one in a process of its own."""
 
 
 def markdown(
@@ -71,7 +73,7 @@ def _missed(verdicts: list[Verdict]) -> list[str]:
 
 
 def _short_tables(results: Results, best_isa: str) -> list[str]:
-    parts = []
+    parts = _whole_cells(results, {"in_a_model": "Layers in a row, cold, one token"})
     linear = results.of("linear")
     for isa in dict.fromkeys((best_isa, "avx2")):
         table = _pivot(linear, OURS + isa, ("dtype", "threads", "shape"), "tokens", _linear_text)
@@ -93,6 +95,12 @@ def _short_tables(results: Results, best_isa: str) -> list[str]:
             parts += [table]
     titles = {"files": "Files", "model": "The language model"}
     titles["packed_model"] = "The language model, by scheme"
+    return parts + _whole_cells(results, titles)
+
+
+def _whole_cells(results: Results, titles: dict[str, str]) -> list[str]:
+    """Every row of sections, by their names, under a title each."""
+    parts = []
     for section, title in titles.items():
         if results.of(section):
             parts += [f"## {title}"]

@@ -18,11 +18,13 @@ from benchmarks.records import Results
 Shape = tuple[int, int]  # out_features, in_features
 
 SECTIONS = (
-    "linear", "packed", "backward", "quantize", "pack", "overhead", "files", "model",
+    "in_a_model", "linear", "packed", "backward", "quantize", "pack", "overhead", "files", "model",
     "packed_model",
 )  # fmt: skip
-WITHOUT_MODELS = tuple(name for name in SECTIONS if not name.endswith("model"))
+WITHOUT_MODELS = tuple(name for name in SECTIONS if name not in ("model", "packed_model"))
 SHAPES: tuple[Shape, ...] = ((14336, 4096), (4096, 4096), (4096, 11008), (768, 768), (1000, 999))
+COLD_SHAPES: tuple[Shape, ...] = ((576, 576), (1536, 576), (4096, 4096))
+COLD_WEIGHTS = 134_000_000  # those of a small language model
 PACKED_SHAPES: tuple[Shape, ...] = ((28672, 4096), (4096, 4096))  # at 4 bits beyond L3, and in it
 SETTLE = 0.003  # seconds in which the threads of another library go to sleep
 
@@ -54,6 +56,10 @@ class Settings:
         judged: tokens of text that the perplexity of a packed model is taken over.
         model: that is packed, as the suite names it; None: the embedded one.
         files_mb: megabytes of the checkpoints that are opened and quantized.
+        cold_shapes: of the layers that stand in a row, as in a model.
+        cold_weights: of all layers of such a row; if as many as `COLD_WEIGHTS`, more where caches
+            would hold them.
+        against: a commit that is built beside, and timed in that section; empty: none.
         are_small: whether the shapes are too small for speeds to mean anything.
     """
 
@@ -79,6 +85,9 @@ class Settings:
     judged: int = 4096
     model: str | None = "smollm2"
     files_mb: int = 1000
+    cold_shapes: tuple[Shape, ...] = COLD_SHAPES
+    cold_weights: int = COLD_WEIGHTS
+    against: str = ""
     are_small: bool = False
 
     def pace(self, threads: int, share: float = 1.0) -> Pace:
@@ -122,7 +131,8 @@ def smoke(threads: tuple[int, ...]) -> Settings:
         matrix=(64, 128), widths=(1, 3, 4, 8), reply=0, prompt=0,
         rounds=3, seconds=0.02, longest=0.5, sample=1e-4, are_small=True,
         packed_shapes=((64, 256), (33, 65)), packed_tokens=(1, 5), width_tokens=(1,),
-        packed_reply=4, judged=200, model=None, files_mb=1, **common,
+        packed_reply=4, judged=200, model=None, files_mb=1,
+        cold_shapes=((64, 96),), cold_weights=1, **common,
     )  # fmt: skip
 
 

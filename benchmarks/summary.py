@@ -2,37 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from benchmarks.figures import (
+    Bound,
+    Cell,
+    Figure,
+    beats,
+    in_a_model_figures,
+    named,
+    reaches,
+)
 from benchmarks.gauge import OURS
 from benchmarks.peers import BASELINE
 from benchmarks.peers_4bit import BITSANDBYTES
 from benchmarks.records import Results, Row, cells
 from benchmarks.tables import heading
 
-Cell = list[Row]
-Test = Callable[[Row, Cell], tuple[float, float] | None]  # (value, the least it should be)
-Bound = Callable[[Row], float | None]
-
 MANY = 96  # tokens from which a map is bound by arithmetic
-
-
-@dataclass(frozen=True)
-class Figure:
-    """A line of the table of figures.
-
-    Attributes:
-        title: what it asks for.
-        section: whose rows it looks at.
-        test: value and bound of a row of ours, or None where the figure does not speak of it.
-        strict: whether the value must be above the bound, not at least as large.
-    """
-
-    title: str
-    section: str
-    test: Test
-    strict: bool = False
 
 
 @dataclass
@@ -99,44 +87,12 @@ def _tested(figure: Figure, cell: Cell) -> Iterator[tuple[Row, float, float]]:
                 yield row, *pair
 
 
-# ---- how a value is found --------------------------------------------------------------------
-
-
-def _reaches(bound: Bound, value: str = "fraction") -> Test:
-    """A value of the row against a bound that depends on its case; no bound: not meant."""
-
-    def test(row: Row, cell: Cell) -> tuple[float, float] | None:
-        least = bound(row)
-        return None if least is None or value not in row.values else (row.values[value], least)
-
-    return test
-
-
-def _beats(wanted: Callable[[Row], bool], bound: float, applies: Callable[[Row], bool]) -> Test:
-    """How many times faster than the fastest of some others in the cell.
-
-    One that was too slow to run counts with the time that it was expected to take.
-    """
-
-    def test(row: Row, cell: Cell) -> tuple[float, float] | None:
-        others = [o.values.get("expected") or o.median for o in cell if wanted(o)]
-        others = [seconds for seconds in others if seconds != float("inf")]
-        if not others or not applies(row):
-            return None
-        return min(others) / row.median, bound
-
-    return test
-
-
-def _named(name: str) -> Callable[[Row], bool]:
-    return lambda row: row.candidate == name
-
-
 def _figures(best: str) -> list[Figure]:
     """All lines of the table; `best` is the candidate of the best instruction set."""
     linear = [*_limit_figures(best), *_race_figures(best), *_avx2_figures()]
     streams = [*_quantize_figures(best), *_pack_figures(best)]
     packed = [*_packed_race_figures(best), *_packed_rate_figures(best)]
+    linear = [*in_a_model_figures(), *linear]
     return [*linear, *packed, *streams, *_call_figures(), *_file_figures(), *_right_figures()]
 
 
@@ -158,19 +114,19 @@ def _limit_figures(best: str) -> list[Figure]:
     return [
         Figure(
             "M=1: 0.85 of the limit on one thread, 0.80 on all",
-            "linear", _reaches(bound(1, 1, both, on_all=0.80)),
+            "linear", reaches(bound(1, 1, both, on_all=0.80)),
         ),
         Figure(
             "M=2..32, float32, beyond L2: 0.85 of the limit",
-            "linear", _reaches(beyond_l2(bound(2, 32, {"float32": 0.85}))),
+            "linear", reaches(beyond_l2(bound(2, 32, {"float32": 0.85}))),
         ),
         Figure(
             "M=2..32, bfloat16: 0.70 of the limit",
-            "linear", _reaches(bound(2, 32, {"bfloat16": 0.70})),
+            "linear", reaches(bound(2, 32, {"bfloat16": 0.70})),
         ),
         Figure(
             "M>=96: 0.90 of the limit in float32, 0.85 in bfloat16",
-            "linear", _reaches(bound(96, 10**9, many)),
+            "linear", reaches(bound(96, 10**9, many)),
         ),
     ]  # fmt: skip
 
@@ -185,15 +141,15 @@ def _race_figures(best: str) -> list[Figure]:
     return [
         Figure(
             "faster than nn.Linear of the same dtype",
-            "linear", _beats(_named(BASELINE), 1.0, _named(best)), strict=True,
+            "linear", beats(named(BASELINE), 1.0, named(best)), strict=True,
         ),
         Figure(
             "M=1, beyond L3: 4x nn.Linear in float32, 2x in bfloat16",
-            "linear", _reaches(speedup, "ratio"),
+            "linear", reaches(speedup, "ratio"),
         ),
         Figure(
             "faster than every W8A16 peer",
-            "linear", _beats(lambda row: row.kind == "W8A16", 1.0, _named(best)), strict=True,
+            "linear", beats(lambda row: row.kind == "W8A16", 1.0, named(best)), strict=True,
         ),
     ]  # fmt: skip
 
@@ -205,7 +161,7 @@ def _avx2_figures() -> list[Figure]:
         return 0.80 if row.case["tokens"] == 1 else 0.75
 
     title = "AVX2 forced: 0.80 of its own limit at M=1, 0.75 at M>=16"
-    return [Figure(title, "linear", _reaches(bound))]
+    return [Figure(title, "linear", reaches(bound))]
 
 
 def _packed_race_figures(best: str) -> list[Figure]:
@@ -227,19 +183,19 @@ def _packed_race_figures(best: str) -> list[Figure]:
     return [
         Figure(
             "w4g128 and nf4g64, M=1, all threads, beyond L3: 0.70 of the limit",
-            "packed", _reaches(lambda row: 0.70 if is_large(row) else None),
+            "packed", reaches(lambda row: 0.70 if is_large(row) else None),
         ),
         Figure(
             "w4g128 and nf4g64, M=1, all threads, beyond L3: faster than the int8 layer",
-            "packed", _beats(_named(f"{best} int8"), 1.0, is_large), strict=True,
+            "packed", beats(named(f"{best} int8"), 1.0, is_large), strict=True,
         ),
         Figure(
             f"w4g128 and nf4g64, {races}: faster than bitsandbytes nf4",
-            "packed", _beats(_named(BITSANDBYTES), 1.0, is_raced), strict=True,
+            "packed", beats(named(BITSANDBYTES), 1.0, is_raced), strict=True,
         ),
         Figure(
             f"w4g128 and nf4g64, {races}: 1.5x every other 4-bit peer",
-            "packed", _beats(is_other, 1.5, is_raced),
+            "packed", beats(is_other, 1.5, is_raced),
         ),
     ]  # fmt: skip
 
@@ -262,7 +218,7 @@ def _packed_rate_figures(best: str) -> list[Figure]:
         form, scheme = row.candidate.rsplit(" ", 1)
         if row.case["tokens"] < MANY or scheme == "int8":
             return None
-        return _beats(_named(f"{form} int8"), 0.85, lambda row: True)(row, cell)
+        return beats(named(f"{form} int8"), 0.85, lambda row: True)(row, cell)
 
     return [
         Figure(
@@ -291,13 +247,13 @@ def _quantize_figures(best: str) -> list[Figure]:
     return [
         Figure(
             "quantize float32: 0.70 of the traffic limit (row, group), 0.60 (column, tensor)",
-            "quantize", _reaches(quantize),
+            "quantize", reaches(quantize),
         ),
         Figure(
             "quantize float32: 20x the torch expression",
-            "quantize", _beats(_named("torch expression"), 20.0, is_meant),
+            "quantize", beats(named("torch expression"), 20.0, is_meant),
         ),
-        Figure("dequantize: 0.70 of the traffic limit", "quantize", _reaches(dequantize)),
+        Figure("dequantize: 0.70 of the traffic limit", "quantize", reaches(dequantize)),
     ]  # fmt: skip
 
 
@@ -312,15 +268,15 @@ def _pack_figures(best: str) -> list[Figure]:
     return [
         Figure(
             "pack and unpack: 0.70 of the traffic limit",
-            "pack", _reaches(lambda row: 0.70 if row.candidate == best else None),
+            "pack", reaches(lambda row: 0.70 if row.candidate == best else None),
         ),
         Figure(
             "2 and 4 bits: faster than the torch expression",
-            "pack", _beats(_named("torch expression"), 1.0, narrow), strict=True,
+            "pack", beats(named("torch expression"), 1.0, narrow), strict=True,
         ),
         Figure(
             "1 bit along dim 0: 10x np.packbits",
-            "pack", _beats(_named("np.packbits"), 10.0, single),
+            "pack", beats(named("np.packbits"), 10.0, single),
         ),
     ]  # fmt: skip
 
@@ -341,19 +297,19 @@ def _call_figures() -> list[Figure]:
     return [
         Figure(
             "greedy: 2.2x the float32 model, 1.3x the bfloat16 model",
-            "model", _reaches(of_job("greedy", ours), "of_float"),
+            "model", reaches(of_job("greedy", ours), "of_float"),
         ),
         Figure(
             "greedy: 0.75 of the model with linears that cost nothing",
-            "model", _reaches(of_job("greedy", zero), "of_zero_cost"),
+            "model", reaches(of_job("greedy", zero), "of_zero_cost"),
         ),
         Figure(
             "prefill: 1.5x the float32 model",
-            "model", _reaches(of_job("prefill", {"W8A16 float32": 1.5}), "of_float"),
+            "model", reaches(of_job("prefill", {"W8A16 float32": 1.5}), "of_float"),
         ),
         Figure(
             "a call of 16x32, M=4, float32: no longer than nn.Linear's",
-            "overhead", _beats(_named(BASELINE), 1.0, layer),
+            "overhead", beats(named(BASELINE), 1.0, layer),
         ),
     ]  # fmt: skip
 
@@ -376,11 +332,11 @@ def _file_figures() -> list[Figure]:
         Figure("opening 1 GB: at most 50 MB resident (how many times less)", "files", resident),
         Figure(
             "quantizing a checkpoint: 0.5 of a plain copy of the same bytes",
-            "files", _reaches(lambda row: 0.5 if streams(row) else None),
+            "files", reaches(lambda row: 0.5 if streams(row) else None),
         ),
         Figure(
             "quantizing a checkpoint: 3x torchao, quantized whole and saved",
-            "files", _beats(lambda row: row.kind == "peer", 3.0, streams),
+            "files", beats(lambda row: row.kind == "peer", 3.0, streams),
         ),
     ]  # fmt: skip
 
@@ -389,7 +345,7 @@ def _right_figures() -> list[Figure]:
     return [
         Figure(
             "codes and numbers equal those of the torch expression",
-            "quantize", _reaches(lambda row: 1.0, "exact"),
+            "quantize", reaches(lambda row: 1.0, "exact"),
         ),
-        Figure("packed bytes and codes are right", "pack", _reaches(lambda row: 1.0, "exact")),
+        Figure("packed bytes and codes are right", "pack", reaches(lambda row: 1.0, "exact")),
     ]  # fmt: skip

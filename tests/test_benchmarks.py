@@ -309,7 +309,7 @@ def test_smoke_writes_every_section(smoke: dict) -> None:
     assert set(entry) == expected
     sections = {row["section"] for row in entry["rows"]}
     assert sections == {
-        "linear", "packed", "backward", "quantize", "pack", "overhead", "files",
+        "in_a_model", "linear", "packed", "backward", "quantize", "pack", "overhead", "files",
         "packed_model",
     }  # fmt: skip
     assert entry["machine"]["isas"] and "--smoke" in entry["command"]
