@@ -27,8 +27,7 @@ from quantization.layers.packed_module import PackedModule
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.ops.dtypes import index_of
-from quantization.schemes.layer_weights import some_rows
-from quantization.schemes.packed_weights import PARTS, PackedWeights
+from quantization.schemes.packed_weights import PARTS, PackedWeights, layout_of
 from quantization.schemes.scheme import TERNARY_CODES, Scheme
 
 __all__ = ["EmbeddingShare", "bounds", "group_of", "shard", "why_whole"]
@@ -239,7 +238,7 @@ def _make(layer: Any, dim: int, start: int, end: int, bias: torch.Tensor | None)
 
 def _rows(packed: PackedWeights, start: int, end: int) -> dict[str, torch.Tensor | None]:
     """Every tensor of some rows; a codebook that all rows have stays as it is."""
-    cut = some_rows(packed, start, end)
+    cut = packed.rows(start, end)
     parts = {name: (getattr(packed, name), getattr(cut, name)) for name in PARTS}
     return {name: new if new is old else new.clone() for name, (old, new) in parts.items()}
 
@@ -248,7 +247,7 @@ def _columns(packed: PackedWeights, start: int, end: int) -> dict[str, torch.Ten
     """Codes of some columns, with what their groups have; what a row has one of stays as it is."""
     scheme, cols = packed.scheme, packed.shape[1]
     parts = {name: getattr(packed, name) for name in PARTS}
-    layout = "base3" if scheme.grid == "ternary" else "dense"
+    layout = layout_of(scheme)
     parts["packed_weights"] = _cut_codes(packed.packed_weights, scheme, layout, start, end, cols)
     if packed.input_scale is not None:
         parts["input_scale"] = _cut(packed.input_scale, 0, start, end)

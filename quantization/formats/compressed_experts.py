@@ -22,7 +22,6 @@ from quantization.checkpoint.disk.stored_tensor import StoredTensor, key_of
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.formats.errors import FormatError
 from quantization.ops.extras import need
-from quantization.schemes.layer_weights import some_rows
 from quantization.schemes.packed_weights import PackedWeights
 
 __all__ = ["EXPERTS", "is_of_expert", "with_family_names"]
@@ -175,7 +174,7 @@ def _shares(names: tuple[str, ...], rows: int) -> Iterator[tuple[str, int, int]]
 
 
 def _some_rows(layer: StoredLayer, start: int, stop: int) -> PackedWeights:
-    return some_rows(layer.load(), start, stop)
+    return layer.load().rows(start, stop)
 
 
 def _some_rows_of(tensor: StoredTensor, start: int, stop: int) -> torch.Tensor:

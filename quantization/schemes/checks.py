@@ -7,13 +7,15 @@ from typing import Any
 
 from quantization.numerics.granularity import Granularity, PerDimension, PerGroup
 from quantization.numerics.parameters import Mode, check_granularity, check_mode
-from quantization.ops.dtypes import index_of
+from quantization.ops import native
+from quantization.ops.dtypes import index_of, name_of, source_of
 from quantization.schemes.column_order import COLUMN_PARTS
 
 __all__ = [
     "MX_GROUP",
     "PER_ROW",
     "along_rows",
+    "check_part",
     "check_scheme",
     "checked_levels",
     "checked_shape",
@@ -160,3 +162,15 @@ def checked_shape(shape: Any) -> tuple[int, int]:
     if len(sizes) != 2 or min(sizes) < 0:
         raise ValueError(f"shape must be (out_features, in_features), not {sizes}")
     return sizes
+
+
+def check_part(name: str, tensor: Any, shape: tuple[int, ...], dtype: str) -> None:
+    """Raise unless a part of a packed matrix is a tensor of that shape and type."""
+    if not native.is_tensor(tensor):
+        raise TypeError(f"{name} must be a torch.Tensor or ndarray, not {type(tensor).__name__}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this scheme needs {shape}")
+    if dtype not in ("uint8", "int8", "int32"):
+        source_of(tensor.dtype, name)
+    elif name_of(tensor.dtype) != dtype:
+        raise TypeError(f"{name} has dtype {name_of(tensor.dtype)}; this scheme needs {dtype}")

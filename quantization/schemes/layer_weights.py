@@ -10,11 +10,10 @@ import torch
 
 from quantization.forks import alone
 from quantization.ops.dtypes import name_of
-from quantization.schemes.column_order import COLUMN_PARTS
 from quantization.schemes.packed_weights import PARTS, PackedWeights, pack_matrix
 from quantization.schemes.scheme import Scheme
 
-__all__ = ["check_weight", "layer_floats", "pack_as", "some_rows"]
+__all__ = ["check_weight", "layer_floats", "pack_as"]
 
 
 def check_weight(weights: Any, name: str) -> torch.Tensor:
@@ -74,19 +73,3 @@ def layer_floats(scheme: Scheme) -> tuple[str, ...]:
     """
     wide, narrow = (scheme.buffers((1, 1), dtype) for dtype in ("float64", "float32"))
     return tuple(name for name in wide if wide[name] != narrow[name])
-
-
-def some_rows(packed: PackedWeights, start: int, stop: int) -> PackedWeights:
-    """Some rows of a matrix, as views of its tensors; what all rows share stays whole.
-
-    Example:
-        >>> some_rows(pack_matrix(torch.eye(4), "w4"), 2, 4).dequantize().argmax(1)
-        tensor([2, 3])
-    """
-    parts = {name: getattr(packed, name) for name in PARTS}
-    for name, tensor in parts.items():
-        is_of_rows = name not in COLUMN_PARTS and tensor is not None
-        if is_of_rows and tensor.shape[0] == packed.shape[0]:  # one codebook may be for all
-            parts[name] = tensor[start:stop]
-    shape = (stop - start, packed.shape[1])
-    return PackedWeights(packed.scheme, shape, **parts, dtype=packed.dtype)

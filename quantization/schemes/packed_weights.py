@@ -33,7 +33,7 @@ there are zero points, in two's complement where there are none. ``z`` is 0 with
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ from quantization.numerics.weight_packing import pack_weights, unpack_weights
 from quantization.ops import native
 from quantization.ops.dtypes import name_of, source_of
 from quantization.ops.native import Tensor
-from quantization.schemes.checks import checked_shape
+from quantization.schemes.checks import check_part, checked_shape
 from quantization.schemes.column_order import (
     COLUMN_PARTS,
     checked_importance,
@@ -57,7 +57,7 @@ from quantization.schemes.grids import WEIGHED, Coded, Matrix, encode_matrix
 from quantization.schemes.scheme import Scheme, scheme_of
 from quantization.schemes.stored_scales import restore, restore_zeros
 
-__all__ = ["OPERANDS", "PARTS", "PackedWeights", "pack_matrix"]
+__all__ = ["OPERANDS", "PARTS", "PackedWeights", "layout_of", "pack_matrix"]
 
 #: The tensors that the operators take, in their order.
 OPERANDS = ("packed_weights", "scales", "scale_steps", "zero_points", "codebook")
@@ -121,7 +121,7 @@ class PackedWeights:
                 verb = "needs" if name in needed else "has no"
                 raise ValueError(f"scheme {self.scheme} {verb} {name}")
         for name, buffer in needed.items():
-            _check_part(name, given[name], buffer.shape, buffer.dtype)
+            check_part(name, given[name], buffer.shape, buffer.dtype)
         object.__setattr__(self, "dtype", self._settled_dtype())
 
     def _settled_dtype(self) -> str:
@@ -193,6 +193,21 @@ class PackedWeights:
         stored = dequantize_linear(self._values(), params)
         return self._in_order(times_columns(stored, self.input_scale, out))
 
+    def rows(self, start: int, stop: int) -> PackedWeights:
+        """Some rows of the matrix, as views of its tensors; what all rows share stays whole.
+
+        Example:
+            >>> import numpy as np
+            >>> pack_matrix(np.eye(4, dtype="float32"), "w4").rows(2, 4).dequantize().argmax(1)
+            array([2, 3])
+        """
+        parts = {name: getattr(self, name) for name in PARTS}
+        for name, tensor in parts.items():
+            is_of_rows = name not in COLUMN_PARTS and tensor is not None
+            if is_of_rows and tensor.shape[0] == self.shape[0]:  # one codebook may be for all
+                parts[name] = tensor[start:stop]
+        return replace(self, shape=(stop - start, self.shape[1]), **parts)
+
     @property
     def codes(self) -> Any:
         """One code a weight, ``[out, in]``: int8 where they are signed, else uint8.
@@ -213,7 +228,7 @@ class PackedWeights:
             self.packed_weights,
             self.scheme.bits,
             dtype=dtype,
-            layout=_layout(self.scheme),
+            layout=layout_of(self.scheme),
             dim=1,
             size=self.shape[1],
         )
@@ -228,7 +243,7 @@ class PackedWeights:
             if book.shape[0] > 1:  # the codebooks as one, a row's places behind the row before
                 places = places + np.arange(0, book.size, book.shape[1], dtype=np.int32)[:, None]
             levels = book.reshape(-1)[places]
-        elif self._has_float_zero_points:
+        elif self.zero_points is not None and not self.scheme.has_integer_zeros:
             zero = restore_zeros(self.zero_points, self.scheme.bits)
             wide = np.repeat(zero, self.scheme.group(self.shape[1]), axis=1)
             levels = native.to_array(codes) - wide[:, : self.shape[1]]
@@ -239,10 +254,6 @@ class PackedWeights:
     def _in_order(self, stored: Any) -> Any:
         """Numbers of stored columns ``[out, in]``, each where its column is."""
         return stored if self.input_order is None else stored[:, self.input_order.argsort()]
-
-    @property
-    def _has_float_zero_points(self) -> bool:
-        return self.scheme.mode is Mode.Asymmetric and not self.scheme.has_integer_zeros
 
     def integer_zero_points(self) -> Any:
         """Zero points that are whole codes, int32 ``[out, groups]``; None where there are none.
@@ -356,7 +367,7 @@ def packed_of_codes(coded: Coded, matrix: Matrix) -> PackedWeights:
     return PackedWeights(
         scheme,
         shape,
-        pack_weights(coded.codes, scheme.bits, layout=_layout(scheme), dim=1),
+        pack_weights(coded.codes, scheme.bits, layout=layout_of(scheme), dim=1),
         _for_each_row(coded.scales.scales, shape[0]),
         coded.scales.steps,
         zero,
@@ -366,7 +377,8 @@ def packed_of_codes(coded: Coded, matrix: Matrix) -> PackedWeights:
     )
 
 
-def _layout(scheme: Scheme) -> str:
+def layout_of(scheme: Scheme) -> str:
+    """The layout of :func:`quantization.pack_weights`, along dim 1, that codes are packed in."""
     return "base3" if scheme.grid == "ternary" else "dense"
 
 
@@ -385,14 +397,3 @@ def blank(weight: Tensor, scheme: Scheme) -> PackedWeights:
     }
     parts |= column_parts(weight, scheme, dtype)
     return PackedWeights(scheme, shape, **parts, dtype=dtype)
-
-
-def _check_part(name: str, tensor: Any, shape: tuple[int, ...], dtype: str) -> None:
-    if not native.is_tensor(tensor):
-        raise TypeError(f"{name} must be a torch.Tensor or ndarray, not {type(tensor).__name__}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name} has shape {tuple(tensor.shape)}; this scheme needs {shape}")
-    if dtype not in ("uint8", "int8", "int32"):
-        source_of(tensor.dtype, name)
-    elif name_of(tensor.dtype) != dtype:
-        raise TypeError(f"{name} has dtype {name_of(tensor.dtype)}; this scheme needs {dtype}")
