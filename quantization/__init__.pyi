@@ -21,6 +21,14 @@ from quantization.checkpoint import (
     quantize_checkpoint as quantize_checkpoint,
     save_quantized as save_quantized,
 )
+from quantization.inspection.explain import (
+    Explanation as Explanation,
+    explain as explain,
+)
+from quantization.inspection.explain_byte import (
+    ByteExplanation as ByteExplanation,
+    explain_byte as explain_byte,
+)
 from quantization.layers.float_layers import PLAIN_LINEAR as PLAIN_LINEAR
 from quantization.layers.packed_embedding import PackedEmbedding as PackedEmbedding
 from quantization.layers.packed_layer import PackedLinearLayer as PackedLinearLayer

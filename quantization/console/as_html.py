@@ -13,7 +13,7 @@ from typing import Any
 
 from quantization.console.columns import Column, binned
 
-__all__ = ["html_table"]
+__all__ = ["html_table", "svg"]
 
 _BAR, _HIGH = 48, 12  # of a bar, in pixels
 _BINS = 64
@@ -85,10 +85,16 @@ def _cell(column: Column, value: Any, largest: float) -> str:
     return f'<td align="{_side(column)}">{text}{picture}</td>'
 
 
-def _svg(width: int, label: str, inside: str) -> str:
+def svg(width: float, label: str, inside: str, height: float = _HIGH) -> str:
+    """An inline picture of that size in pixels; ``label`` is what those hear who do not see it.
+
+    Example:
+        >>> svg(8, "nothing", "")[:29]
+        '<svg xmlns="http://www.w3.org'
+    """
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{_HIGH}" role="img" '
-        f'aria-label="{label}">{inside}</svg>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}" '
+        f'role="img" aria-label="{label}">{inside}</svg>'
     )
 
 
@@ -96,7 +102,7 @@ def _bar(share: float) -> str:
     long = round(_BAR * min(max(share, 0.0), 1.0), 1)
     frame = f'<path d="M0 0h{_BAR}v{_HIGH}H0z" fill="currentColor" fill-opacity=".12"/>'
     full = f'<path d="M0 0h{long:g}v{_HIGH}H0z" fill="currentColor" fill-opacity=".6"/>'
-    return _svg(_BAR, f"{share:.0%}", frame + full)
+    return svg(_BAR, f"{share:.0%}", frame + full)
 
 
 def _histogram(counts: Sequence[float]) -> str:
@@ -106,4 +112,4 @@ def _histogram(counts: Sequence[float]) -> str:
     tops = [round(_HIGH * (1 - max(total, 0) / most), 1) for total in bins]
     line = "".join(f"V{top:g}h{wide}" for top in tops)
     path = f'<path d="M0 {_HIGH}{line}V{_HIGH}z" fill="currentColor" fill-opacity=".6"/>'
-    return _svg(wide * len(bins), f"{len(counts)} counts", path)
+    return svg(wide * len(bins), f"{len(counts)} counts", path)
