@@ -160,23 +160,26 @@ typedef enum qk_fit_find {
     QK_FIT_SCALE,
     QK_FIT_ZERO, /* under scales that stay as they are */
     QK_FIT_BOTH,
-    QK_FIT_LEVELS, /* for kernels: the scale, with levels */
 } qk_fit_find;
 
-/* A weight is (level - zero) * scale, its level the nearest: a whole number of code_min..code_max,
- * or one of a table, which has no zeros. */
+/* What a weight is under a scale and a zero point: a whole number, or a level of a table. */
+typedef struct qk_grid_levels {
+    float code_min, code_max; /* of whole numbers, in -2^21..2^21 */
+    const void *levels;       /* float [codebooks][level_count], ascending, if there is a count */
+    size_t codebooks, level_count; /* one codebook for all rows, or one a row; 0..256 levels: these
+                                      have no zeros */
+} qk_grid_levels;
+
+/* A weight is (level - zero) * scale, its level the nearest. */
 typedef struct qk_fit {
-    size_t rows, cols,
-        group;              /* columns that share a scale, at least 1; a last group may be short */
+    size_t rows, cols;
+    size_t group;           /* columns that share a scale, at least 1; a last group may be short */
     const void *x;          /* float [rows][cols], finite */
     const void *importance; /* float [cols], not negative: how much a squared error counts */
-    const void *levels;     /* float [codebooks][level_count], ascending; not read without count */
-    size_t codebooks, level_count; /* one codebook for all rows, or one a row; 0..256 levels */
-    size_t starts, rounds; /* beside the scale given: start i is the whole range times 1 - i shrink,
-                            */
-    float shrink;          /* and each start takes so many rounds of least squares */
-    float code_min, code_max;            /* with levels: the least and largest of them */
-    float scale_min;                     /* above 0; or below 0, where scales may have a sign */
+    qk_grid_levels grid;    /* code_min, code_max: also of levels, the least and the largest */
+    size_t starts, rounds;  /* beside the scale given: start i is the whole range times */
+    float shrink;           /* 1 - i shrink, and each takes so many rounds of least squares */
+    float scale_min;        /* above 0; or below 0, where scales may have a sign */
     float zero_min, zero_max, zero_step; /* zeros are multiples of the step; 0: any number */
     qk_fit_find find;
 } qk_fit;
@@ -187,13 +190,6 @@ typedef struct qk_fit {
 qk_status qk_fit_groups(void *scales, void *zeros, void *errors, const qk_fit *fit);
 
 /* ---- codes that make up for each other's errors -------------------------- */
-
-/* What a weight is under a scale and a zero point: a whole number, or a level of a table. */
-typedef struct qk_grid_levels {
-    float code_min, code_max; /* of whole numbers, in -2^21..2^21 */
-    const void *levels;       /* float [codebooks][level_count], ascending, if there is a count */
-    size_t codebooks, level_count;
-} qk_grid_levels;
 
 /* The loss of a row is d H d^T, d = w - (value - zero) * scale. */
 typedef struct qk_descent {

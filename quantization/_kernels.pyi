@@ -38,6 +38,10 @@ ASYMMETRIC: int
 FITS_UNSIGNED: int
 FITS_SIGNED: int
 BINARY: int
+FIT_NOTHING: int
+FIT_SCALE: int
+FIT_ZERO: int
+FIT_BOTH: int
 
 class DataError(ValueError): ...
 

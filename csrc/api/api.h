@@ -38,4 +38,19 @@ static inline int qk_overlap(const void *a, size_t a_bytes, const void *b, size_
     return a && b && p < q + b_bytes && q < p + a_bytes;
 }
 
+/* The arrays of a call, to be checked for overlap: the outputs come first. */
+typedef struct qk_span {
+    const void *data;
+    size_t bytes;
+} qk_span;
+
+static inline int qk_are_apart(const qk_span *spans, size_t outputs, size_t count)
+{
+    for (size_t i = 0; i < outputs; i++)
+        for (size_t j = i + 1; j < count; j++)
+            if (qk_overlap(spans[i].data, spans[i].bytes, spans[j].data, spans[j].bytes))
+                return 0;
+    return 1;
+}
+
 #endif

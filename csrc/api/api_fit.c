@@ -13,6 +13,26 @@ enum {
     MAX_LEVELS = 256
 };
 
+/* The bytes of floats [rows][cols]; 0 if there cannot be so many. */
+static size_t matrix_bytes(size_t rows, size_t cols)
+{
+    size_t bytes;
+    return qk_multiply(rows, cols, &bytes) && qk_multiply(bytes, sizeof(float), &bytes) ? bytes : 0;
+}
+
+static int is_grid(const qk_grid_levels *grid, size_t rows)
+{
+    if (grid->level_count)
+        return grid->level_count <= MAX_LEVELS && (grid->codebooks == 1 || grid->codebooks == rows);
+    return grid->code_min < grid->code_max && grid->code_min >= -0x1p21f &&
+           grid->code_max <= 0x1p21f;
+}
+
+static size_t levels_bytes(const qk_grid_levels *grid)
+{
+    return grid->codebooks * grid->level_count * sizeof(float);
+}
+
 typedef struct fit_job {
     qk_fit_strip strip;
     size_t scratch_bytes;
@@ -35,28 +55,23 @@ static void fit_rows(size_t first, size_t last, void *context)
     free(strip.scratch);
 }
 
-static int is_whole(const qk_fit *fit)
-{
-    size_t items;
-    return fit->group >= 1 && fit->group <= (SIZE_MAX >> 8) && fit->cols >= 1 &&
-           qk_multiply(fit->rows, fit->cols, &items) && qk_multiply(items, sizeof(float), &items) &&
-           (!fit->level_count || fit->codebooks == 1 || fit->codebooks == fit->rows);
-}
-
 qk_status qk_fit_groups(void *scales, void *zeros, void *errors, const qk_fit *fit)
 {
-    QK_REQUIRE(is_whole(fit), QK_BAD_SHAPE);
-    QK_REQUIRE(fit->level_count <= MAX_LEVELS && fit->code_min < fit->code_max, QK_BAD_CODES);
+    QK_REQUIRE(fit->group >= 1 && fit->group <= (SIZE_MAX >> 8) && fit->cols >= 1, QK_BAD_SHAPE);
+    QK_REQUIRE(is_grid(&fit->grid, fit->rows), QK_BAD_CODES);
     QK_REQUIRE((unsigned)fit->find <= QK_FIT_BOTH, QK_BAD_CODES);
     int finds_zeros = fit->find == QK_FIT_ZERO || fit->find == QK_FIT_BOTH;
-    QK_REQUIRE(!finds_zeros || (zeros && !fit->level_count), QK_BAD_CODES);
-    size_t items = fit->rows * fit->cols * sizeof(float);
+    QK_REQUIRE(!finds_zeros || (zeros && !fit->grid.level_count), QK_BAD_CODES);
+    size_t items = matrix_bytes(fit->rows, fit->cols);
+    QK_REQUIRE(items || !fit->rows, QK_BAD_SHAPE);
     size_t blocks = fit->rows * qk_ceil_div(fit->cols, fit->group) * sizeof(float);
-    const void *outputs[] = {scales, zeros, errors};
-    for (size_t i = 0; i < 3; i++)
-        QK_REQUIRE(!qk_overlap(outputs[i], blocks, fit->x, items) &&
-                       !qk_overlap(outputs[i], blocks, outputs[(i + 1) % 3], blocks),
-                   QK_OVERLAP);
+    qk_span spans[] = {{scales, blocks},
+                       {zeros, blocks},
+                       {errors, blocks},
+                       {fit->x, items},
+                       {fit->importance, fit->cols * sizeof(float)},
+                       {fit->grid.levels, levels_bytes(&fit->grid)}};
+    QK_REQUIRE(qk_are_apart(spans, 3, sizeof(spans) / sizeof(*spans)), QK_OVERLAP);
     qk_fit clipped = *fit;
     clipped.group = fit->group < fit->cols ? fit->group : fit->cols;
     fit_job job = {.strip = {.fit = &clipped, .scales = scales, .zeros = zeros, .errors = errors},
@@ -69,14 +84,6 @@ qk_status qk_fit_groups(void *scales, void *zeros, void *errors, const qk_fit *f
 }
 
 /* ---- descent -------------------------------------------------------------- */
-
-static int is_grid(const qk_grid_levels *grid, size_t rows)
-{
-    if (grid->level_count)
-        return grid->level_count <= MAX_LEVELS && (grid->codebooks == 1 || grid->codebooks == rows);
-    return grid->code_min < grid->code_max && grid->code_min >= -0x1p21f &&
-           grid->code_max <= 0x1p21f;
-}
 
 static size_t rows_worth_a_thread(size_t cols)
 {
@@ -104,14 +111,22 @@ static void descend_rows(size_t first, size_t last, void *context)
 
 qk_status qk_descend(const qk_descent *form)
 {
-    size_t items;
-    QK_REQUIRE(form->group >= 1 && form->group <= form->cols &&
-                   qk_multiply(form->rows, form->cols, &items) &&
-                   qk_multiply(form->cols, form->cols * sizeof(float), &items),
-               QK_BAD_SHAPE);
+    QK_REQUIRE(form->group >= 1 && form->group <= form->cols, QK_BAD_SHAPE);
+    size_t items = matrix_bytes(form->rows, form->cols);
+    size_t square = matrix_bytes(form->cols, form->cols);
+    QK_REQUIRE((items || !form->rows) && square, QK_BAD_SHAPE);
     QK_REQUIRE(is_grid(&form->grid, form->rows) && !(form->zeros && form->grid.level_count),
                QK_BAD_CODES);
     QK_REQUIRE(qk_is_source(form->scale_dtype) && qk_is_source(form->zero_dtype), QK_BAD_DTYPE);
+    size_t blocks = form->rows * qk_ceil_div(form->cols, form->group) * sizeof(float);
+    qk_span spans[] = {{form->values, items},
+                       {form->slopes, items},
+                       {form->scales, blocks},
+                       {form->zeros, blocks},
+                       {form->hessian, square},
+                       {form->steps, form->rows * sizeof(float)},
+                       {form->grid.levels, levels_bytes(&form->grid)}};
+    QK_REQUIRE(qk_are_apart(spans, 4, sizeof(spans) / sizeof(*spans)), QK_OVERLAP);
     descent_job job = {.form = form, .kernels = qk_active_kernels()};
     QK_REQUIRE(qk_parallel_for(form->rows, rows_worth_a_thread(form->cols), descend_rows, &job),
                QK_INTERRUPTED);
@@ -132,12 +147,20 @@ static void round_rows(size_t first, size_t last, void *context)
 
 qk_status qk_round_in_order(const qk_rounding *form)
 {
-    size_t items;
-    QK_REQUIRE(form->cols >= 1 && qk_multiply(form->rows, form->cols, &items) &&
-                   qk_multiply(form->cols, form->cols * sizeof(float), &items),
-               QK_BAD_SHAPE);
+    size_t items = matrix_bytes(form->rows, form->cols);
+    size_t square = matrix_bytes(form->cols, form->cols);
+    size_t blocks = matrix_bytes(form->rows, form->groups);
+    QK_REQUIRE((items || !form->rows) && (blocks || !form->rows) && square, QK_BAD_SHAPE);
     QK_REQUIRE(is_grid(&form->grid, form->rows) && !(form->zeros && form->grid.level_count),
                QK_BAD_CODES);
+    qk_span spans[] = {{form->x, items},
+                       {form->values, items},
+                       {form->factor, square},
+                       {form->places, form->cols * sizeof(int32_t)},
+                       {form->scales, blocks},
+                       {form->zeros, blocks},
+                       {form->grid.levels, levels_bytes(&form->grid)}};
+    QK_REQUIRE(qk_are_apart(spans, 2, sizeof(spans) / sizeof(*spans)), QK_OVERLAP);
     const int32_t *places = form->places;
     for (size_t k = 0; k < form->cols; k++)
         QK_REQUIRE((size_t)qk_load_int32(places, k) < form->groups, QK_BAD_SHAPE);

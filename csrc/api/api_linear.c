@@ -78,8 +78,9 @@ static qk_status run(linear_job *job, size_t depth, size_t (*scratch_bytes)(cons
     if (chunk.tokens > job->plan.chunk)
         chunk.tokens = job->plan.chunk;
     job->scratch_bytes = scratch_bytes(&chunk);
+    const qk_linear_plan *plan = &job->plan;
     QK_REQUIRE(
-        qk_parallel_for(job->plan.strips * job->plan.chunks, job->plan.grain, run_pieces, job),
+        qk_parallel_slices(plan->strips * plan->chunks, plan->grain, plan->first, run_pieces, job),
         QK_INTERRUPTED);
     return atomic_load(&job->failed) ? QK_OUT_OF_MEMORY : QK_OK;
 }

@@ -79,24 +79,9 @@ static qk_status check_grid(const qk_grid *grid)
     return QK_OK;
 }
 
-/* The arrays of a call, to be checked for overlap: the outputs come first. */
-typedef struct memory_span {
-    const void *data;
-    size_t bytes;
-} memory_span;
-
-static int are_apart(const memory_span *spans, size_t outputs, size_t count)
+static qk_span span_of(const void *data, size_t items, size_t item_bytes)
 {
-    for (size_t i = 0; i < outputs; i++)
-        for (size_t j = i + 1; j < count; j++)
-            if (qk_overlap(spans[i].data, spans[i].bytes, spans[j].data, spans[j].bytes))
-                return 0;
-    return 1;
-}
-
-static memory_span span_of(const void *data, size_t items, size_t item_bytes)
-{
-    return (memory_span){data, items * item_bytes};
+    return (qk_span){data, items * item_bytes};
 }
 
 static size_t count_blocks(const qk_grid *grid)
@@ -295,10 +280,10 @@ qk_status qk_quantize(void *codes, void *scale, int32_t *zero, const void *sourc
     QK_REQUIRE(zero || spec->mode != QK_ASYMMETRIC, QK_BAD_CODES);
     quantize_job job = job_of(grid, spec);
     size_t items = grid->rows * grid->cols, blocks = count_blocks(grid);
-    memory_span spans[] = {
-        span_of(scale, blocks, job.scale_bytes), span_of(zero, blocks, sizeof *zero),
-        span_of(codes, items, job.code_bytes), span_of(source, items, job.source_bytes)};
-    QK_REQUIRE(are_apart(spans, 3, 4), QK_OVERLAP);
+    qk_span spans[] = {span_of(scale, blocks, job.scale_bytes), span_of(zero, blocks, sizeof *zero),
+                       span_of(codes, items, job.code_bytes),
+                       span_of(source, items, job.source_bytes)};
+    QK_REQUIRE(qk_are_apart(spans, 3, 4), QK_OVERLAP);
     job.source = source;
     job.codes = codes;
     job.scale = scale;
@@ -321,10 +306,10 @@ qk_status qk_encode(void *codes, const void *source, const void *scale, const in
     QK_REQUIRE(status == QK_OK, status);
     quantize_job job = job_of(grid, spec);
     size_t items = grid->rows * grid->cols, blocks = count_blocks(grid);
-    memory_span spans[] = {
+    qk_span spans[] = {
         span_of(codes, items, job.code_bytes), span_of(source, items, job.source_bytes),
         span_of(scale, blocks, job.scale_bytes), span_of(zero, blocks, sizeof *zero)};
-    QK_REQUIRE(are_apart(spans, 1, 4), QK_OVERLAP);
+    QK_REQUIRE(qk_are_apart(spans, 1, 4), QK_OVERLAP);
     job.source = source;
     job.codes = codes;
     job.scale = (char *)scale; /* only read */
@@ -380,10 +365,10 @@ qk_status qk_decode(void *out, qk_dtype out_dtype, const void *codes, qk_dtype c
                       .scale = scale,
                       .zero = zero};
     size_t items = grid->rows * grid->cols, blocks = count_blocks(grid);
-    memory_span spans[] = {
-        span_of(out, items, job.out_bytes), span_of(codes, items, job.code_bytes),
-        span_of(scale, blocks, job.scale_bytes), span_of(zero, blocks, sizeof *zero)};
-    QK_REQUIRE(are_apart(spans, 1, 4), QK_OVERLAP);
+    qk_span spans[] = {span_of(out, items, job.out_bytes), span_of(codes, items, job.code_bytes),
+                       span_of(scale, blocks, job.scale_bytes),
+                       span_of(zero, blocks, sizeof *zero)};
+    QK_REQUIRE(qk_are_apart(spans, 1, 4), QK_OVERLAP);
     size_t slabs = job.tiles.count * job.tiles.slabs;
     int done = qk_parallel_for(slabs, qk_task_grain(&job.tiles, slabs), decode_slabs, &job);
     return done ? QK_OK : QK_INTERRUPTED;

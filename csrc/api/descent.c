@@ -8,7 +8,7 @@
 typedef struct row_view {
     const qk_descent *form;
     const qk_kernels *kernels;
-    const char *x, *levels;
+    const char *levels;
     char *values, *slopes, *scales, *zeros;
     float step;
 } row_view;

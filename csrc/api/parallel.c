@@ -183,11 +183,19 @@ static double now_ns(void)
 
 int qk_parallel_for(size_t items, size_t grain, qk_range_fn fn, void *context)
 {
+    size_t first = grain > SIZE_MAX / FIRST_GRAINS ? grain : FIRST_GRAINS * grain;
+    return qk_parallel_slices(items, grain, grain > 1 ? first : FIRST_ITEMS, fn, context);
+}
+
+int qk_parallel_slices(size_t items, size_t grain, size_t first, qk_range_fn fn, void *context)
+{
     qk_pause pause = inside ? NULL : atomic_load(&pause_hook);
     grain = grain ? grain : 1;
-    size_t threads = qk_get_threads(), first = grain > 1 ? FIRST_GRAINS : FIRST_ITEMS;
-    size_t least = grain < items / threads / first ? threads * grain : items;
-    size_t slice = pause && least < items ? first * least : items;
+    size_t threads = qk_get_threads(), least = 1, slice = items;
+    if (pause && first >= grain && first < items / threads) {
+        least = threads * grain;
+        slice = threads * first;
+    }
     job work = {fn, context, get_fp_state(), 0, 0, 0};
     for (; work.begin < items; work.begin += work.items) {
         size_t left = items - work.begin;

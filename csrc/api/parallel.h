@@ -18,6 +18,11 @@ typedef void (*qk_range_fn)(size_t first, size_t last, void *context);
 __attribute__((warn_unused_result)) int qk_parallel_for(size_t items, size_t grain, qk_range_fn fn,
                                                         void *context);
 
+/* The same where the caller knows how long an item takes: each thread does `first` of them (at
+ * least a grain) before the program is asked, so a call of fewer is not cut. */
+__attribute__((warn_unused_result)) int qk_parallel_slices(size_t items, size_t grain, size_t first,
+                                                           qk_range_fn fn, void *context);
+
 /* Asked by the thread that called, some fifty times a second in a long call; not 0: stop. */
 typedef int (*qk_pause)(void);
 void qk_use_pause(qk_pause pause);

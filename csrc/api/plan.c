@@ -1,12 +1,13 @@
 #include "api/plan.h"
 
 enum {
-    STRIP = 48,        /* a multiple of every kernel's tile, and of 16 floats */
-    GROUP = 12,        /* a multiple of the tokens of every kernel's tile */
-    CHUNK = 264,       /* more tokens gain nothing: a chunk reads the weights once from memory */
-    THREAD_NS = 15000, /* work that pays for waking a thread */
-    WEIGHT_PS = 50,    /* picoseconds to read and convert one weight ... */
-    PRODUCT_PS = 30,   /* ... and to multiply it with one token */
+    STRIP = 48,         /* a multiple of every kernel's tile, and of 16 floats */
+    GROUP = 12,         /* a multiple of the tokens of every kernel's tile */
+    CHUNK = 264,        /* more tokens gain nothing: a chunk reads the weights once from memory */
+    THREAD_NS = 15000,  /* work that pays for waking a thread */
+    FIRST_NS = 5000000, /* work before a call is looked at as a long one */
+    WEIGHT_PS = 50,     /* picoseconds to read and convert one weight ... */
+    PRODUCT_PS = 30,    /* ... and to multiply it with one token */
 };
 
 static size_t ceil_div(size_t n, size_t d)
@@ -30,5 +31,6 @@ qk_linear_plan qk_plan_linear(size_t tokens, size_t features, size_t depth, size
     plan.uses_weight_panels = panel_tokens && rows >= panel_tokens;
     double piece_ns = 1e-3 * STRIP * (double)(depth + 1) * (WEIGHT_PS + PRODUCT_PS * (double)rows);
     plan.grain = (size_t)(THREAD_NS / piece_ns) + 1;
+    plan.first = (size_t)(FIRST_NS / piece_ns) + plan.grain;
     return plan;
 }

@@ -12,6 +12,7 @@ typedef struct qk_linear_plan {
     size_t strips; /* pieces across the features */
     size_t chunks; /* pieces across the tokens */
     size_t grain;  /* pieces that are worth a thread's while */
+    size_t first;  /* pieces that a thread does before the program is asked whether to go on */
     int uses_weight_panels; /* the weights of a tile are converted once for all tokens of a piece */
 } qk_linear_plan;
 

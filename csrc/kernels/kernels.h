@@ -94,11 +94,14 @@ typedef struct qk_fit_strip {
     void *scratch;
 } qk_fit_strip;
 
-enum { QK_FIT_LANES = 16 }; /* rows that a kernel may fit together */
+enum {
+    QK_FIT_LANES = 16,               /* rows that a kernel may fit together */
+    QK_FIT_LEVELS = QK_FIT_BOTH + 1, /* beside what qk_fit_find says: the scale, with levels */
+};
 
 static inline size_t qk_fit_scratch_bytes_of(const qk_fit *fit)
 {
-    return (fit->group + 2 * fit->level_count) * QK_FIT_LANES * sizeof(float);
+    return (fit->group + 2 * fit->grid.level_count) * QK_FIT_LANES * sizeof(float);
 }
 
 /* Lines of a matrix: `lines` of them, `count` elements each, the first elements `stride` >= count

@@ -239,6 +239,10 @@ static const struct {
     {"FITS_UNSIGNED", QK_FITS_UNSIGNED},
     {"FITS_SIGNED", QK_FITS_SIGNED},
     {"BINARY", QK_BINARY},
+    {"FIT_NOTHING", QK_FIT_NOTHING},
+    {"FIT_SCALE", QK_FIT_SCALE},
+    {"FIT_ZERO", QK_FIT_ZERO},
+    {"FIT_BOTH", QK_FIT_BOTH},
 };
 
 static int add_names(PyObject *module)

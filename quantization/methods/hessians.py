@@ -12,6 +12,7 @@ from quantization.methods.statistics import Statistics
 from quantization.ops import native
 from quantization.ops.native import Levels, Tensor
 from quantization.schemes.packed_weights import PackedWeights
+from quantization.schemes.scheme import Scheme
 
 __all__ = ["CoupledProblem"]
 
@@ -36,7 +37,7 @@ class CoupledProblem(Problem):
     def __init__(
         self,
         weight: Tensor,
-        scheme: object,
+        scheme: Scheme,
         statistics: Statistics | None,
         damping: float,
         user: str,
@@ -48,7 +49,7 @@ class CoupledProblem(Problem):
             )
         if not damping > 0:
             raise ValueError(f"damping must be above 0, not {damping!r}")
-        super().__init__(weight, scheme, statistics)  # type: ignore[arg-type]
+        super().__init__(weight, scheme, statistics)
         hessian = statistics.hessian.double()
         mean = hessian.diagonal().mean()
         self._plain = hessian / mean if mean > 0 else torch.eye(len(hessian)).double()

@@ -20,6 +20,7 @@ is finite and only read, ``statistics`` are those of the layer's inputs, or None
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -167,9 +168,7 @@ def fit_matrix(
             f"{name} has {weight.shape[1]} columns, and the statistics are of "
             f"{statistics.in_features}"
         )
-    plain: Callable[[], PackedWeights] = lambda: pack_matrix(  # noqa: E731
-        weight, scheme, nonfinite=nonfinite, name=name
-    )
+    plain = partial(pack_matrix, weight, scheme, nonfinite=nonfinite, name=name)
     if native.is_meta(weight) or 0 in weight.shape:
         return plain()
     finite, marked = _finite(weight), None

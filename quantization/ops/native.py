@@ -272,7 +272,8 @@ class Fit(NamedTuple):
     levels: Array | None = None  # float32 [codebooks, levels], ascending
 
 
-NOTHING, SCALE, ZERO, BOTH = range(4)
+NOTHING, SCALE = _kernels.FIT_NOTHING, _kernels.FIT_SCALE
+ZERO, BOTH = _kernels.FIT_ZERO, _kernels.FIT_BOTH
 
 
 class Fitted(NamedTuple):

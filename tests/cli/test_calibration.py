@@ -12,6 +12,7 @@ from safetensors.torch import save_file
 
 from quantization import calibrate, load_quantized, quantize_model, save_statistics
 from quantization.cli import main
+from tests import tiny_models
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
@@ -45,17 +46,8 @@ def test_a_method_and_a_file_of_statistics(
 def test_a_folder_of_transformers_calibrates_itself(tmp_path: Path, method: str, word: str) -> None:
     transformers: Any = pytest.importorskip("transformers")
     pytest.importorskip("accelerate")
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config)
+    sizes = {"num_hidden_layers": 1, "max_position_embeddings": 512}
+    model = tiny_models.random_model("llama", **sizes)
     model.save_pretrained(tmp_path / "float")
     call = ["quantize", str(tmp_path / "float"), str(tmp_path / "small"), "--scheme", "w3g32a"]
     call += ["--exclude", "lm_head", "--method", method, "--calibrate", word]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from quantization import _kernels
 from quantization.ops import native
-from quantization.ops.native import BOTH, NOTHING, SCALE, ZERO, Fit
+from quantization.ops.native import BOTH, NOTHING, SCALE, ZERO, Fit, Levels
 from tests.memory import Guarded, at_offset, at_page_end
 from tests.unittest_bridge import pytest_cases
 
@@ -157,6 +158,26 @@ def test_nothing_beyond_the_arrays_is_touched(rng: np.random.Generator) -> None:
     _kernels.fit_groups(*arrays, at_page_end(x), at_offset(h, 1), None, *numbers)
     for output in outputs:
         output.check()
+
+
+def test_outputs_that_overlap_are_refused_before_anything_is_written() -> None:
+    """Of each call: as if two of its arrays were views of one."""
+    ones = np.ones((4, 4), "float32")
+    other, small = (np.ones(shape, "float32") for shape in ((4, 4), (4, 1)))
+    grid = Levels(UNSIGNED)
+    fit = Fit(SCALE, UNSIGNED, 1, 1, 0.1)
+    calls: list[Callable[[], Any]] = [
+        lambda: native.descend(
+            ones, other, small, None, ones, None, 4, grid, fit, ("float32", "float32"), 1, True
+        ),
+        lambda: native.descend(
+            ones, ones[:], small, None, other, None, 4, grid, fit, ("float32", "float32"), 1, True
+        ),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="shares memory"):
+            call()
+    assert (ones == 1).all() and (other == 1).all() and (small == 1).all()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -48,3 +49,16 @@ def relative(got: torch.Tensor, wanted: torch.Tensor) -> float:
 def same_state(a: nn.Module, b: nn.Module) -> bool:
     mine, theirs = a.state_dict(), b.state_dict()
     return set(mine) == set(theirs) and all(torch.equal(mine[key], theirs[key]) for key in mine)
+
+
+def check_torch_features(layer: nn.Module, x: torch.Tensor) -> None:
+    """Tracing, vmap, jvp and meta tensors do as the layer does."""
+    expected = layer(x)
+    assert torch.equal(torch.jit.trace(layer, x)(x), expected)
+    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), expected)
+    torch.testing.assert_close(torch.vmap(layer)(x), expected, rtol=1e-4, atol=1e-4)
+    tangents = torch.randn_like(x)
+    _, along = torch.func.jvp(layer, (x,), (tangents,))
+    torch.testing.assert_close(along, tangents @ layer.weight.T, rtol=1e-4, atol=1e-4)
+    on_meta = copy.deepcopy(layer).to("meta")(x.to("meta"))
+    assert on_meta.is_meta and on_meta.shape == expected.shape

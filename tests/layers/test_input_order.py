@@ -28,6 +28,7 @@ from quantization.checkpoint.disk.json_files import CheckpointError
 from quantization.checkpoint.stored_model import stored_model
 from quantization.distributed.shares import shard
 from quantization.formats import FormatError, writer
+from tests.layers.packed_layers import check_torch_features
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
@@ -185,14 +186,7 @@ def test_formats_whose_groups_are_neighbours_refuse_it(name: str, tmp_path: Path
 
 def test_torch_features() -> None:
     layer, x = ordered("w4g16"), torch.randn(3, 72)
-    expected = layer(x)
-    assert torch.equal(torch.jit.trace(layer, x)(x), expected)
-    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), expected)
-    torch.testing.assert_close(torch.vmap(layer)(x), expected, rtol=1e-4, atol=1e-4)
-    tangents = torch.randn_like(x)
-    _, along = torch.func.jvp(layer, (x,), (tangents,))
-    torch.testing.assert_close(along, tangents @ layer.weight.T, rtol=1e-4, atol=1e-4)
-    assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == (3, 24)
+    check_torch_features(layer, x)
 
 
 @pytest.mark.deep

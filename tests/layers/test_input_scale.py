@@ -25,6 +25,7 @@ from quantization import (
 from quantization.checkpoint.stored_model import stored_model
 from quantization.distributed.shares import shard
 from quantization.formats import FormatError, writer
+from tests.layers.packed_layers import check_torch_features
 from tests.packed_calls import check_decoding, same
 from tests.packed_oracle import numbers
 from tests.unittest_bridge import pytest_cases
@@ -177,14 +178,7 @@ def test_formats_without_a_place_for_it_refuse(name: str, tmp_path: Path) -> Non
 
 def test_torch_features() -> None:
     layer, x = multiplied("w4g16+order+cols"), torch.randn(3, 72)
-    expected = layer(x)
-    assert torch.equal(torch.jit.trace(layer, x)(x), expected)
-    assert torch.equal(torch.fx.symbolic_trace(nn.Sequential(layer))(x), expected)
-    torch.testing.assert_close(torch.vmap(layer)(x), expected, rtol=1e-4, atol=1e-4)
-    tangents = torch.randn_like(x)
-    _, along = torch.func.jvp(layer, (x,), (tangents,))
-    torch.testing.assert_close(along, tangents @ layer.weight.T, rtol=1e-4, atol=1e-4)
-    assert copy.deepcopy(layer).to("meta")(x.to("meta")).shape == (3, 24)
+    check_torch_features(layer, x)
     with torch.autocast("cpu", torch.bfloat16):
         assert layer(x).dtype is torch.bfloat16
 

@@ -14,6 +14,7 @@ from torch import nn
 import quantization
 from quantization import calibrate, load_quantized, quantize_checkpoint, quantize_model
 from quantization.checkpoint.disk.json_files import CheckpointError
+from tests import tiny_models
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
@@ -69,16 +70,7 @@ def test_transformers_follow_methods_and_statistics(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     from quantization.integrations.transformers import QuantizationConfig
 
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-    )
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+    model = tiny_models.random_model("llama", num_hidden_layers=1)
     model.save_pretrained(tmp_path / "float")
     known = calibrate(model, "random", statistics="hessian", tokens=(4, 32))
     recipe = {"re:q_proj": "w3g32af+dq:descent", "*": "w4g32a:lsq"}

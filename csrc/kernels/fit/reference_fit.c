@@ -40,12 +40,12 @@ static float level(const group *g, float place)
 {
     const qk_fit *fit = g->fit;
     if (g->kind != QK_FIT_LEVELS)
-        return most(least(rintf(place), fit->code_max), fit->code_min);
-    size_t row = fit->codebooks > 1 ? g->row * fit->level_count : 0;
-    float nearest = qk_load_float32(fit->levels, row);
-    for (size_t i = 1; i < fit->level_count; i++) {
-        float next = qk_load_float32(fit->levels, row + i);
-        float before = qk_load_float32(fit->levels, row + i - 1);
+        return most(least(rintf(place), fit->grid.code_max), fit->grid.code_min);
+    size_t row = fit->grid.codebooks > 1 ? g->row * fit->grid.level_count : 0;
+    float nearest = qk_load_float32(fit->grid.levels, row);
+    for (size_t i = 1; i < fit->grid.level_count; i++) {
+        float next = qk_load_float32(fit->grid.levels, row + i);
+        float before = qk_load_float32(fit->grid.levels, row + i - 1);
         nearest = place < (before + next) * 0.5f ? nearest : next;
     }
     return nearest;
@@ -118,13 +118,13 @@ static fitted whole_range(const group *g)
         low = least(low, weight(g, i));
         high = most(high, weight(g, i));
     }
-    fitted at = {(high - low) / (fit->code_max - fit->code_min), 0, 0};
+    fitted at = {(high - low) / (fit->grid.code_max - fit->grid.code_min), 0, 0};
     if (g->kind == QK_FIT_BOTH)
-        at.zero = allowed_zero(fit, fit->code_min - low / at.scale);
+        at.zero = allowed_zero(fit, fit->grid.code_min - low / at.scale);
     else if (fit->scale_min < 0) /* the end of more codes meets the larger magnitude */
-        at.scale = (low * -1 < high ? high : low) / fit->code_min;
+        at.scale = (low * -1 < high ? high : low) / fit->grid.code_min;
     else
-        at.scale = most(low / fit->code_min, high / fit->code_max);
+        at.scale = most(low / fit->grid.code_min, high / fit->grid.code_max);
     return at;
 }
 
@@ -152,7 +152,7 @@ static void fit_rows(const qk_fit_strip *strip)
         for (size_t i = 0; i < groups; i++) {
             size_t first = i * fit->group, left = fit->cols - first, at = row * groups + i;
             group g = {fit, row, first, left < fit->group ? left : fit->group, fit->find};
-            if (fit->level_count)
+            if (fit->grid.level_count)
                 g.kind = QK_FIT_LEVELS;
             fitted given = {qk_load_float32(strip->scales, at),
                             strip->zeros ? qk_load_float32(strip->zeros, at) : 0, 0};
