@@ -109,7 +109,7 @@ LOADED_LATE = {
 MOST_FILES = 12
 
 # Packages that a file may import inside a function: they are extras, or what a torch tensor brings.
-OPTIONAL = {"torch", "transformers", "ml_dtypes", "gguf", "onnx", "peft", "rich", "tqdm"}
+OPTIONAL = {"torch", "transformers", "ml_dtypes", "gguf", "onnx", "peft", "tqdm"}
 OPTIONAL |= {"pandas", "matplotlib"}
 
 

@@ -9,7 +9,8 @@ from typing import Any
 
 from quantization.calibration.allocation import Allocation, Point, allocate
 from quantization.calibration.evaluate import Divergence
-from quantization.console.tables import table_lines
+from quantization.console.columns import Column
+from quantization.console.table import Table, Tabular
 from quantization.models.recipe import Rule
 
 __all__ = ["BitPlan", "PlannedLayer", "allocated", "bytes_for", "check_budget", "chosen", "curves",
@@ -39,8 +40,8 @@ class PlannedLayer:
     losses: Mapping[str, float]
 
 
-@dataclass(frozen=True)
-class BitPlan:
+@dataclass(frozen=True, repr=False)
+class BitPlan(Tabular[dict[str, Any]]):
     """What each layer is to become, and what that is expected to lose; print it.
 
     Example:
@@ -107,21 +108,22 @@ class BitPlan:
         made: dict[str, Any] = {"layers": layers, "recipe": recipe_of(patterns, layers)}
         return replace(self, measured=None, **made, **figures(layers, found))
 
-    def table(self) -> str:
-        """A line a layer: what it becomes, and what each choice loses, times 1000."""
+    def table(self) -> Table[dict[str, Any]]:
+        """A row a layer: what it becomes, and what each choice loses, times 1000."""
         names = list(self.layers[0].losses)
-        rows: list[tuple[Any, ...]] = [("layer", "out x in", *names, "what")]
-        for layer in self.layers:
-            lost = (f"{1000 * layer.losses[name]:.3f}" for name in names)
-            rows.append((layer.name, "{} x {}".format(*layer.shape), *lost, layer.choice))
-        return "\n".join(table_lines(rows))
-
-    def __str__(self) -> str:
+        columns = [Column("layer", "name"), Column("shape", "number", "out x in")]
+        columns += [Column(name, "number", format=".3f") for name in names]
+        rows = [
+            {"layer": layer.name, "shape": layer.shape, "what": str(layer.choice)}
+            | {name: 1000 * loss for name, loss in layer.losses.items()}
+            for layer in self.layers
+        ]
         said = "" if self.measured is None else f", measured {loss_of(self.measured)[1]:.5g}"
-        return (
+        return Table(
+            (*columns, Column("what")),
+            tuple(rows),
             f"{self.bits:.3f} bits a weight, {self.nbytes:,} bytes in {len(self.layers)} layers; "
-            f"{self.measure} predicted {self.predicted:.5g} (bound {self.bound:.5g}){said}\n"
-            f"{self.table()}"
+            f"{self.measure} predicted {self.predicted:.5g} (bound {self.bound:.5g}){said}",
         )
 
 

@@ -20,11 +20,12 @@ from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.cli.bench import bench_layers
 from quantization.cli.calibration import statistics_of, with_method
 from quantization.cli.output import Output
+from quantization.console.columns import Column, size
 from quantization.console.progress import progress
-from quantization.console.tables import size
+from quantization.console.table import Table, table_of
 from quantization.formats import FormatError, reader, writer
 from quantization.formats.gguf import save_tokenizer
-from quantization.swap.report import Candidate, ReplacementReport, table
+from quantization.swap.report import COLUMNS, Candidate, ReplacementReport, joined
 
 __all__ = ["run"]
 
@@ -78,7 +79,7 @@ def _quantize(options: argparse.Namespace, out: Output) -> dict[str, Any]:
             progress=show,
             **more,
         )
-    _show_report(report, out)
+    out.table(report)
     out.line(f"written: {options.destination}")
     return _plain(report) | {"destination": str(options.destination)}
 
@@ -91,21 +92,10 @@ def _plan(options: argparse.Namespace, out: Output) -> dict[str, Any]:
         nonfinite=options.nonfinite,
         unfuse_experts=options.unfuse_experts,
     )
-    _show_report(source.report, out)
+    out.table(source.report)
     for key in source.dropped:
         out.line(f"left out, as the model has no place for it: {key}")
     return _plain(source.report) | {"dropped": list(source.dropped)}
-
-
-def _show_report(report: ReplacementReport, out: Output) -> None:
-    out.line(report.headline)
-    out.table(*_head_and_rows(table(report.candidates)))
-    for line in report.totals:
-        out.line(line)
-
-
-def _head_and_rows(rows: list[tuple[str, ...]]) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
-    return rows[0] if rows else (), rows[1:]
 
 
 def _plain(report: ReplacementReport) -> dict[str, Any]:
@@ -131,6 +121,8 @@ def _plain(report: ReplacementReport) -> dict[str, Any]:
 
 # ---- inspect, verify -------------------------------------------------------------------------
 
+_TENSORS = ("tensor", "dtype", "shape", Column("bytes", "bytes"))
+
 
 def _inspect(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     if not (options.folder / FILE).is_file():
@@ -144,7 +136,7 @@ def _inspect(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     floats = {key: t for key, t in stored.tensors.items() if key not in stored.ties}
     packed = sum(c.bytes_after for c in candidates)
     others = sum(nbytes_of(tensor.dtype, tensor.shape) for tensor in floats.values())
-    out.table(*_head_and_rows(table(candidates)))
+    out.table(Table(COLUMNS, joined(candidates)))
     out.line(
         f"{len(candidates)} quantized layers of {size(packed)} (in float: "
         f"{size(sum(c.bytes_before for c in candidates))}), {len(floats)} other tensors of "
@@ -181,9 +173,9 @@ def _inspect_layer(stored: StoredModel, name: str, out: Output) -> dict[str, Any
     row = weight[0, :8].tolist() if weight.numel() else []
     parts = {key: t for key, t in module.named_buffers() if t is not None}
     out.line(f"{name}: {layer.kind}, {layer.scheme!r}, {layer.shape}, {layer.dtype}")
-    rows = [(key, str(t.dtype).removeprefix("torch."), list(t.shape), size(t.nbytes))
+    rows = [(key, str(t.dtype).removeprefix("torch."), tuple(t.shape), t.nbytes)
             for key, t in parts.items()]  # fmt: skip
-    out.table(("tensor", "dtype", "shape", "bytes"), rows)
+    out.table(table_of(_TENSORS, rows))
     out.line(f"first numbers of row 0: {', '.join(f'{value:.6g}' for value in row)}")
     return {
         "name": name,
@@ -197,9 +189,8 @@ def _inspect_float(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     files = TensorFolder(options.folder)
     entries = {key: files.entry(key) for key in files.file_of}
     total = sum(entry.stop - entry.start for entry in entries.values())
-    rows = [(key, e.dtype, " x ".join(map(str, e.shape)), size(e.stop - e.start))
-            for key, e in entries.items()]  # fmt: skip
-    out.table(("tensor", "dtype", "shape", "bytes"), rows)
+    rows = [(key, e.dtype, tuple(e.shape), e.stop - e.start) for key, e in entries.items()]
+    out.table(table_of(_TENSORS, rows))
     out.line(f"{len(entries)} tensors of {size(total)} in {len(files.files)} files, not quantized")
     return {"tensors": {key: {"dtype": e.dtype, "shape": e.shape} for key, e in entries.items()}}
 
@@ -264,16 +255,14 @@ def _convert(
 def _bench(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     stored = checkpoint.read_checkpoint(options.folder)
     rows = bench_layers(stored, options.tokens, options.dtype, options.threads)
-    head = ("layer", "scheme", "tokens", "ms", "nn.Linear ms", "faster", "kernel")
-    out.table(
-        head,
-        [
-            (f"{r['shape'][0]} x {r['shape'][1]} ({r['layers']}x)", r["scheme"], r["tokens"],
-             f"{r['ms']:.3g}", f"{r['linear_ms']:.3g}", f"{r['linear_ms'] / r['ms']:.2f}x",
-             r["kernel"])
-            for r in rows
-        ],
-    )  # fmt: skip
+    head = ("layer", "scheme", "tokens", "ms", "nn.Linear ms", "faster", Column("kernel"))
+    cells = [
+        (f"{r['shape'][0]} x {r['shape'][1]} ({r['layers']}x)", r["scheme"], r["tokens"],
+         f"{r['ms']:.3g}", f"{r['linear_ms']:.3g}", f"{r['linear_ms'] / r['ms']:.2f}x",
+         r["kernel"])
+        for r in rows
+    ]  # fmt: skip
+    out.table(table_of(head, cells))
     return {"rows": rows}
 
 

@@ -1,14 +1,12 @@
-"""What commands print: tables and bars where a terminal is, plain lines or one JSON object else."""
+"""What commands print: plain lines and tables for readers, or one JSON object."""
 
 from __future__ import annotations
 
 import json
 import math
-import sys
-from collections.abc import Sequence
 from typing import Any
 
-from quantization.console.tables import is_text, table_lines
+from quantization.console.table import Tabular
 
 __all__ = ["Output"]
 
@@ -34,19 +32,17 @@ class Output:
         if not self._as_json:
             print(text, flush=True)
 
-    def table(self, head: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-        """Columns, words aligned left and numbers right; by rich on a terminal.
+    def table(self, table: Tabular[Any]) -> None:
+        """A table as wide as the terminal.
 
         Example:
-            >>> Output(as_json=False).table(("layer", "bits"), [("a", 4), ("head", 16)])
+            >>> from quantization.console.table import table_of
+            >>> Output(as_json=False).table(table_of(("layer", "bits"), [("a", 4), ("head", 16)]))
             layer  bits
             a         4
             head     16
         """
-        if self._as_json:
-            return
-        if not (sys.stdout.isatty() and _by_rich(head, rows)):
-            print(*table_lines([head, *rows]), sep="\n")
+        self.line(str(table))
 
     def finish(self, result: dict[str, Any]) -> None:
         """The result, if it is to be JSON, which has no NaN: null stands for it.
@@ -65,18 +61,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _by_rich(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> bool:
-    try:
-        from rich.console import Console
-        from rich.table import Table
-    except ModuleNotFoundError:
-        return False
-    table = Table(header_style="bold", box=None, pad_edge=False)
-    for name in head:
-        table.add_column(name, justify="left" if is_text(name) else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*map(str, row))
-    Console(markup=False, highlight=False).print(table)  # a name with [..] is no markup
-    return True

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["KINDS", "Column", "size", "spark"]
+__all__ = ["KINDS", "Column", "shorter", "size", "spark"]
 
 #: Kinds of columns, and on which side their cells stand.
 KINDS = {
@@ -85,6 +85,19 @@ class Column:
         if isinstance(value, tuple | list):
             return " x ".join(map(str, value))
         return " ".join(str(value).split()) if self.kind == "text" else str(value)
+
+
+def shorter(name: str, most: int = 60) -> str:
+    """A name for the middle of a sentence: a long one keeps both its ends.
+
+    Example:
+        >>> shorter("model.layers.11.mlp.down_proj", 20)
+        'model.la...down_proj'
+    """
+    if len(name) <= most:
+        return name
+    start = (most - 3) // 2
+    return f"{name[:start]}...{name[start + 3 - most :]}"
 
 
 def size(nbytes: int) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, TextIO
 
-from quantization.console.tables import table_lines
+from quantization.console.table import table_of
 
 
 @dataclass
@@ -68,5 +68,5 @@ class SuiteLog:
               codes  row
               int8   1 %
         """
-        for line in table_lines([header, *rows], indent=2):
-            self.line(line)
+        for line in table_of(header, rows).to_text().splitlines():
+            self.line(f"  {line}")

@@ -118,15 +118,15 @@ def quantize_model(
         >>> model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8), nn.Linear(8, 8))
         >>> quantize_model(model, {"2": "w8", "3": None, "*": "w4g32a"})
         ReplacementReport by quantize_model: 2 of 3 layers replaced, 1 excluded
-          layer  scheme  bits  out x in   before   after  what
-          0      w4g32a  5.12   64 x 64  16.6 kB  2.9 kB  replaced
-          2          w8  8.50    8 x 64   2.1 kB   576 B  replaced
-          3                       8 x 8    288 B   288 B  excluded: by the rule '3'
+        layer  scheme  bits  out x in   before   after  what
+        0      w4g32a  5.12   64 x 64  16.6 kB  2.9 kB  replaced
+        2      w8      8.50    8 x 64   2.1 kB   576 B  replaced
+        3                       8 x 8    288 B   288 B  excluded: by the rule '3'
         replaced layers: 18.7 kB -> 3.5 kB (0.185x)
-        whole model: 19.0 kB -> 3.7 kB; 97.0% of its parameters are quantized weights, 5.50 bits \
-each
-        biggest tensors left in float: 0.bias [64] float32 256 B, 3.weight [8, 8] float32 256 B, \
-2.bias [8] float32 32 B
+        whole model: 19.0 kB -> 3.7 kB; 97.0% of its parameters are quantized weights,
+          5.50 bits each
+        biggest tensors left in float: 0.bias [64] float32 256 B, 3.weight [8, 8]
+          float32 256 B, 2.bias [8] float32 32 B
     """
     _check_model(model)
     with splitting_attention(model, lambda name: split_attention):

@@ -83,13 +83,14 @@ def replace_linear_layers_with_w8a16(
         >>> report = replace_linear_layers_with_w8a16(model, Target.Linear(QWQALinearLayer), ["2"])
         >>> report
         ReplacementReport by QWQALinearLayer: 1 of 2 linear layers replaced, 1 excluded
-          layer  out x in   before   after  what
-          0       64 x 64  16.6 kB  4.6 kB  replaced
-          2        8 x 64   2.1 kB  2.1 kB  excluded: by '2'
+        layer  bits  out x in   before   after  what
+        0      8.50   64 x 64  16.6 kB  4.6 kB  replaced
+        2              8 x 64   2.1 kB  2.1 kB  excluded: by '2'
         replaced layers: 16.6 kB -> 4.6 kB (0.277x)
-        whole model: 18.7 kB -> 6.7 kB; 87.5% of its parameters are weights of QWQALinearLayer
-        biggest tensors left in float: 2.weight [8, 64] float32 2.0 kB, 0.bias [64] float32 256 B, \
-2.bias [8] float32 32 B
+        whole model: 18.7 kB -> 6.7 kB; 87.5% of its parameters are weights of
+          QWQALinearLayer
+        biggest tensors left in float: 2.weight [8, 64] float32 2.0 kB, 0.bias [64]
+          float32 256 B, 2.bias [8] float32 32 B
     """
     cls = target_class_from(target_class)
     if not isinstance(module, nn.Module):

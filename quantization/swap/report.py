@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, overload
 
 from torch import nn
 
-from quantization.console.tables import size, table_lines
+from quantization.console.columns import Column, shorter, size
+from quantization.console.table import Table, Tabular
+from quantization.methods.registry import method_name
 
 #: Tables longer than this join layers whose names differ in numbers only.
 _LONGEST_TABLE = 24
-_LONGEST_NAME = 60
+
+#: What a report shows of each :class:`Candidate`.
+COLUMNS = (
+    Column("called", "name", "layer"),
+    Column("scheme"),
+    Column("method_name", "text", "method", extra=True),
+    Column("bits_per_weight", "number", "bits", ".2f", "a weight, scales and all included"),
+    Column("shape", "number", "out x in"),
+    Column("bytes_before", "bytes", "before"),
+    Column("bytes_after", "bytes", "after"),
+    Column("what", "text"),
+)
 
 
 @dataclass(frozen=True)
@@ -55,6 +68,22 @@ class Candidate:
         return self.status == "replaced"
 
     @property
+    def called(self) -> str:
+        """What a table calls it: its name, and the first of its further ones."""
+        more = f" (also {', '.join(self.aliases[:2])}{', ...' * (len(self.aliases) > 2)})"
+        return (self.name or "(the model)") + more * bool(self.aliases)
+
+    @property
+    def what(self) -> str:
+        """Status and reason."""
+        return f"{self.status}: {self.reason}" if self.reason else self.status
+
+    @property
+    def method_name(self) -> str:
+        """Of the method, where one other than rounding to nearest found the codes."""
+        return "" if self.method == "rtn" else method_name(self.method)
+
+    @property
     def weights(self) -> int:
         """How many numbers its weight has."""
         return 0 if self.shape is None else prod(self.shape)
@@ -78,11 +107,13 @@ class FloatTensor:
 
 
 @dataclass(frozen=True, repr=False)
-class ReplacementReport(Sequence[Candidate]):
+class ReplacementReport(Tabular[Candidate], Sequence[Candidate]):
     """What :func:`quantization.replace_linear_layers_with_w8a16` did; printing it gives a table.
 
     It is a sequence of :class:`Candidate`, one for each linear layer, in the order of the model;
-    ``report["lm_head"]`` looks one up by any of its names.
+    ``report["lm_head"]`` looks one up by any of its names. Printed, a long one joins layers whose
+    names differ in numbers only; :meth:`table` has a row for each, to sort, filter and take
+    elsewhere (:class:`quantization.console.table.Table`), as have ``to_dict()`` and the others.
 
     Attributes:
         model: the model. Where the model itself was a linear layer, no parent could be given the
@@ -177,10 +208,13 @@ class ReplacementReport(Sequence[Candidate]):
                 return candidate
         raise KeyError(f"{key!r} is no {self.noun.removesuffix('s')} of the model")
 
-    def __repr__(self) -> str:
-        return "\n".join(
-            [self.headline, *table_lines(table(self.candidates), indent=2), *self.totals]
-        )
+    def table(self) -> Table[Candidate]:
+        """A row for each layer."""
+        return Table(COLUMNS, self.candidates, self.headline, tuple(self.totals))
+
+    def to_text(self, width: int | None = None) -> str:
+        """As it is printed: a long one joins the layers of a family."""
+        return replace(self.table(), rows=joined(self.candidates)).to_text(width)
 
     @property
     def headline(self) -> str:
@@ -206,7 +240,7 @@ class ReplacementReport(Sequence[Candidate]):
         ]
         if self.float_tensors:
             biggest = ", ".join(
-                f"{_short(tensor.name)} {list(tensor.shape)} {tensor.dtype} {size(tensor.nbytes)}"
+                f"{shorter(tensor.name)} {list(tensor.shape)} {tensor.dtype} {size(tensor.nbytes)}"
                 for tensor in self.float_tensors[:3]
             )
             lines.append(f"biggest tensors left in float: {biggest}")
@@ -215,44 +249,36 @@ class ReplacementReport(Sequence[Candidate]):
         return lines
 
 
-def table(candidates: Sequence[Candidate]) -> list[tuple[str, ...]]:
-    """A head and rows of texts, one a candidate, or one a family of them where there are many.
+def joined(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The same; where there are many, one for each family of them, with the bytes of all.
 
     Example:
-        >>> table([Candidate("a", "left", "lazy", "LazyLinear", None, 0, 0)])
-        [('layer', 'out x in', 'before', 'after', 'what'), ('a', '?', '0 B', '0 B', 'left: lazy')]
+        >>> one = Candidate("layers.0.up", "replaced", "", "Linear", (8, 8), 256, 96)
+        >>> many = [replace(one, name=f"layers.{i}.up") for i in range(30)]
+        >>> [(family.called, family.bytes_after) for family in joined(many)]
+        [('layers.*.up (30 layers)', 2880)]
     """
     families: dict[tuple, list[Candidate]] = {}
     for candidate in candidates:
         families.setdefault(_family(candidate, len(candidates)), []).append(candidate)
-    head = ("layer", "scheme", "bits", "out x in", "before", "after", "what")
-    rows = [head, *map(_row, families.values())] if families else []
-    if not any(candidate.scheme for candidate in candidates):
-        rows = [(row[0], *row[3:]) for row in rows]
-    return rows
+    return tuple(_as_one(family) for family in families.values())
 
 
 def _family(candidate: Candidate, count: int) -> tuple:
     """What joins candidates in one row; names are unique, so in a short table nothing does."""
     many = count > _LONGEST_TABLE
     name = re.sub(r"(?<![^.])\d+(?![^.])", "*", candidate.name) if many else candidate.name
-    return name, candidate.status, candidate.reason, candidate.shape, candidate.scheme
+    return name, candidate.what, candidate.shape, candidate.scheme, candidate.method_name
 
 
-def _row(members: list[Candidate]) -> tuple[str, ...]:
+def _as_one(members: list[Candidate]) -> Candidate:
     first = members[0]
-    name = first.name or "(the model)"
-    if len(members) > 1:
-        name = f"{_family(first, _LONGEST_TABLE + 1)[0]} ({len(members)} layers)"
-    elif first.aliases:
-        name += f" (also {', '.join(first.aliases[:2])}{', ...' * (len(first.aliases) > 2)})"
-    shape = "?" if first.shape is None else " x ".join(map(str, first.shape))
-    bits = "" if first.bits_per_weight is None else f"{first.bits_per_weight:.2f}"
-    before = size(sum(member.bytes_before for member in members))
-    after = size(sum(member.bytes_after for member in members))
-    what = f"{first.status}: {first.reason}" if first.reason else first.status
-    return _short(name), first.scheme, bits, shape, before, after, what
-
-
-def _short(name: str) -> str:
-    return name if len(name) <= _LONGEST_NAME else "..." + name[3 - _LONGEST_NAME :]
+    if len(members) == 1:
+        return first
+    return replace(
+        first,
+        name=f"{_family(first, _LONGEST_TABLE + 1)[0]} ({len(members)} layers)",
+        aliases=(),
+        bytes_before=sum(member.bytes_before for member in members),
+        bytes_after=sum(member.bytes_after for member in members),
+    )

@@ -101,7 +101,7 @@ def test_budgets_in_bytes_and_by_divergence(ids: torch.Tensor) -> None:
     assert points[0].cost == sum(layer.nbytes["w2g32a"] for layer in closer.layers)
     assert sorted(points) == list(points)
     assert closer.at(max_bytes=plan.nbytes + plan.other_bytes).measured is None
-    assert "layers.3" in plan.table() and "bits a weight" in str(plan)
+    assert "layers.3" in str(plan.table()) and "bits a weight" in str(plan)
 
 
 def test_inputs_of_its_own_methods_and_encoders() -> None:

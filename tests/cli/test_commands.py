@@ -16,7 +16,6 @@ from torch import nn
 
 from quantization import load_quantized, quantize_checkpoint, quantize_model, save_quantized
 from quantization.cli import COMMANDS, main
-from quantization.cli.output import Output
 from tests.checkpoint_models import files_of, float_folder, quantized_net
 from tests.unittest_bridge import pytest_cases
 
@@ -191,7 +190,6 @@ def _skeleton(source: Path) -> nn.Module:
 
 def test_on_a_terminal_there_are_tables_and_a_bar(tmp_path: Path) -> None:
     fcntl, termios = pytest.importorskip("fcntl"), pytest.importorskip("termios")
-    pytest.importorskip("rich")
     pytest.importorskip("tqdm")
     source = float_folder(tmp_path / "float")
     leader, follower = os.openpty()
@@ -209,13 +207,7 @@ def test_on_a_terminal_there_are_tables_and_a_bar(tmp_path: Path) -> None:
             break
         text += block
     assert run.wait() == 0
-    assert b"quantize: 100%" in text and b"\x1b[1m" in text and b"up_proj" in text
-
-
-def test_a_table_without_rich(capsys, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "rich.console", None)
-    Output(as_json=False).table(("layer", "n"), [("a", 10), ("bb", 2)])
-    assert capsys.readouterr().out == "layer   n\na      10\nbb      2\n"
+    assert b"quantize: 100%" in text and b"up_proj" in text
 
 
 def test_json_has_no_nan(tmp_path: Path, capsys) -> None:
@@ -235,14 +227,6 @@ def test_one_pattern_has_one_scheme(tmp_path: Path, capsys) -> None:
     assert "--layer is of a quantized folder" in failed(
         capsys, "inspect", source, "--layer", "model.layers.0.q_proj"
     )
-
-
-def test_names_in_brackets_are_no_markup(capsys, monkeypatch) -> None:
-    pytest.importorskip("rich")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
-    Output(as_json=False).table(("layer", "what"), [("x[/bold]", "by the rule '[kq]_proj'")])
-    printed = capsys.readouterr().out
-    assert "x[/bold]" in printed and "'[kq]_proj'" in printed
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:

@@ -7,24 +7,14 @@ import sys
 
 import pytest
 
-from quantization.console import progress, tables
+from quantization.console import columns, progress
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
 
 
-def test_tables_align_words_left_and_numbers_right() -> None:
-    rows = [("layer", "bits", "what"), ("a", 4, "replaced"), ("head", 16, "")]
-    assert tables.table_lines(rows, indent=2) == [
-        "  layer  bits  what",
-        "  a         4  replaced",
-        "  head     16",
-    ]
-    assert tables.table_lines([]) == []
-
-
 def test_sizes_have_one_digit_after_the_point() -> None:
-    texts = [tables.size(n) for n in (0, 999, 1000, 999_949, 999_950, 10**9, 10**13)]
+    texts = [columns.size(n) for n in (0, 999, 1000, 999_949, 999_950, 10**9, 10**13)]
     assert texts == ["0 B", "999 B", "1.0 kB", "999.9 kB", "1.0 MB", "1.0 GB", "10.0 TB"]
 
 

@@ -81,7 +81,7 @@ def test_the_int8_replacement_leaves_packed_layers_and_takes_the_class() -> None
     model = Model()
     report = replace_linear_layers_with_w8a16(model, Target.Linear(PackedLinearLayer), ["head"])
     assert schemes(model)["body.up"] == "w4g64a" == report["body.up"].scheme
-    assert "scheme" in repr(report).splitlines()[1]
+    assert "scheme" in report.to_text().splitlines()[1]
 
 
 def test_another_call_may_go_further() -> None:
@@ -183,7 +183,7 @@ def test_figures_of_the_report() -> None:
     lines = repr(report).splitlines()
     assert lines[0] == "ReplacementReport by quantize_model: 4 of 4 layers replaced"
     assert lines[1].split()[:3] == ["layer", "scheme", "bits"]
-    assert "quantized weights, 5." in repr(report)
+    assert "quantized weights, 5." in report.to_text()
 
 
 def test_no_float_weight_is_kept_alive() -> None:

@@ -87,7 +87,7 @@ def test_a_second_call_changes_nothing() -> None:
     assert again.bytes_before == again.bytes_after == 0
     assert again.model_bytes_before == again.model_bytes_after == first.model_bytes_after
     assert again.coverage == pytest.approx(first.coverage)
-    assert "2 already QWQALinearLayer" in repr(again)
+    assert "2 already QWQALinearLayer" in again.to_text()
     # A pattern that matched in the first call is no error in the second.
     model = mlp()
     patterns = [nn.Linear, lambda name, module: isinstance(module, nn.Linear), "up", "re:down"]
@@ -201,7 +201,7 @@ def test_structure_only_then_a_quantized_state_dict() -> None:
     model, twin = mlp(), mlp()
     replace_linear_layers_with_w8a16(model, TARGET, ["head"])
     report = replace_linear_layers_with_w8a16(twin, TARGET, ["head"], quantize=False)
-    assert "structure only" in repr(report) and not report.quantized
+    assert "structure only" in report.to_text() and not report.quantized
     twin.load_state_dict(model.state_dict())
     x = torch.randn(3, 16)
     assert torch.equal(twin["block"]["up"](x), model["block"]["up"](x))

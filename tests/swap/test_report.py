@@ -10,10 +10,10 @@ import pytest
 torch = pytest.importorskip("torch")
 from torch import nn
 
+from quantization.console.columns import size
 from quantization.linear_layer import (
     replace_linear_layers_with_w8a16,
 )
-from quantization.swap import report
 from tests.swap.small_models import TARGET, mlp
 from tests.unittest_bridge import pytest_cases
 
@@ -41,7 +41,7 @@ def test_figures_of_the_report() -> None:
     [(0, "0 B"), (999_949, "999.9 kB"), (999_950, "1.0 MB"), (2.5e9, "2.5 GB"), (3e12, "3.0 TB")],
 )
 def test_bytes_for_reading(nbytes: int, text: str) -> None:
-    assert report.size(int(nbytes)) == text
+    assert size(int(nbytes)) == text
 
 
 def test_further_names_of_a_layer_are_told() -> None:
@@ -91,7 +91,8 @@ def test_a_long_report_joins_the_layers_of_a_family() -> None:
             "head": nn.Linear(8, 4),
         }
     )
-    lines = repr(replace_linear_layers_with_w8a16(model, TARGET, ["layers.3", "head"])).splitlines()
+    report = replace_linear_layers_with_w8a16(model, TARGET, ["layers.3", "head"])
+    lines = report.to_text().splitlines()
     text = "\n".join(lines)
     assert "layers.*.up1 (29 layers)" in text and "layers.3.down" in text
     assert "excluded: by 'layers.3'" in text
