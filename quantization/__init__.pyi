@@ -58,6 +58,10 @@ from quantization.methods.statistics import (
     ModelStatistics as ModelStatistics,
     Statistics as Statistics,
 )
+from quantization.models.plan import (
+    ModelPlan as ModelPlan,
+    plan as plan,
+)
 from quantization.models.quantizer import (
     dequantize_model as dequantize_model,
     quantize_model as quantize_model,

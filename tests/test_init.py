@@ -40,6 +40,7 @@ NEED_TORCH = {
     "quantization.methods.registry",
     "quantization.methods.statistics",
     "quantization.models.recipe",
+    "quantization.models.plan",
     "quantization.models.quantizer",
     "quantization.layers.packed_embedding",
     "quantization.layers.packed_layer",

@@ -91,11 +91,14 @@ def _plan(options: argparse.Namespace, out: Output) -> dict[str, Any]:
         exclude=options.exclude,
         nonfinite=options.nonfinite,
         unfuse_experts=options.unfuse_experts,
+        planned=True,
     )
-    out.table(source.report)
+    assert source.plan is not None
+    out.table(source.plan)
     for key in source.dropped:
         out.line(f"left out, as the model has no place for it: {key}")
-    return _plain(source.report) | {"dropped": list(source.dropped)}
+    more = {"parameters": source.plan.to_records(), "dropped": list(source.dropped)}
+    return _plain(source.report) | more
 
 
 def _plain(report: ReplacementReport) -> dict[str, Any]:

@@ -19,8 +19,8 @@ def text_lines(
 ) -> list[str]:
     """Rows in columns below their headings; nothing of a cell is lost, and no word is cut.
 
-    Where the width does not do, words are wrapped in their column, or below the row where one of
-    them is too long for that; names that are too long stand on a line of their own above the row;
+    Where the width does not do, words are wrapped in their column, or stand below the row where two
+    lines of it do not do; names that are too long stand on a line of their own above the row;
     then columns that are ``extra`` are left out, and a last line says which. A name that is longer
     than the width goes on behind one of its dots.
 
@@ -105,7 +105,7 @@ def _row(
         elif column.kind == "name":
             above += _broken(text, width or len(text))
             parts.append([""])
-        elif max(map(len, text.split())) > room:
+        elif _is_long(text, room):
             below += paragraph(f"  {text}", width)
             parts.append([""])
         else:
@@ -118,6 +118,11 @@ def _row(
         )
         lines.append(line.rstrip())
     return [*above, *lines, *below]
+
+
+def _is_long(text: str, room: int) -> bool:
+    """Whether words do not go into a column, or not into two lines of it."""
+    return max(map(len, text.split())) > room or len(textwrap.wrap(text, room)) > 2
 
 
 def _broken(name: str, width: int) -> list[str]:

@@ -82,7 +82,7 @@ def swap(
         ValueError: with ``strict``, if a layer would be left.
         Exception: whatever building a layer raises. The model is then as it was.
     """
-    _leave_tied(layers, sites, untie)
+    leave_tied(layers, sites, untie)
     if strict:
         _refuse_left(layers, noun)
     _warn_if_nothing_to_do(layers, noun)
@@ -102,7 +102,7 @@ def swap(
 # ---- before anything is built ----------------------------------------------------------------
 
 
-def _leave_tied(layers: list[Layer], sites: list[Site], untie: bool) -> None:
+def leave_tied(layers: list[Layer], sites: list[Site], untie: bool) -> None:
     """Leave those layers whose weight is also a tensor that stays as it is, or say so."""
     replaced = {id(layer.module) for layer in layers if layer.status == "replaced"}
     staying: dict[tuple[int, int, int], str] = {}

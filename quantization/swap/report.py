@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any, overload
+from typing import Any, ClassVar, Self, overload
 
 from torch import nn
 
@@ -67,6 +67,8 @@ class Candidate:
         """Whether this call replaced it."""
         return self.status == "replaced"
 
+    noun: ClassVar[str] = "layers"
+
     @property
     def called(self) -> str:
         """What a table calls it: its name, and the first of its further ones."""
@@ -82,6 +84,16 @@ class Candidate:
     def method_name(self) -> str:
         """Of the method, where one other than rounding to nearest found the codes."""
         return "" if self.method == "rtn" else method_name(self.method)
+
+    def together(self, members: Sequence[Candidate], name: str) -> Self:
+        """One row for many that are alike, itself among them."""
+        return replace(
+            self,
+            name=name,
+            aliases=(),
+            bytes_before=sum(member.bytes_before for member in members),
+            bytes_after=sum(member.bytes_after for member in members),
+        )
 
     @property
     def weights(self) -> int:
@@ -272,13 +284,5 @@ def _family(candidate: Candidate, count: int) -> tuple:
 
 
 def _as_one(members: list[Candidate]) -> Candidate:
-    first = members[0]
-    if len(members) == 1:
-        return first
-    return replace(
-        first,
-        name=f"{_family(first, _LONGEST_TABLE + 1)[0]} ({len(members)} layers)",
-        aliases=(),
-        bytes_before=sum(member.bytes_before for member in members),
-        bytes_after=sum(member.bytes_after for member in members),
-    )
+    name = f"{_family(members[0], _LONGEST_TABLE + 1)[0]} ({len(members)} {members[0].noun})"
+    return members[0].together(members, name) if len(members) > 1 else members[0]

@@ -38,7 +38,9 @@ from quantization.checkpoint.stored_model import (
 )
 from quantization.methods.registry import fit_matrix
 from quantization.methods.statistics import Statistics
-from quantization.models.quantizer import quantize_model
+from quantization.models.decisions import Request
+from quantization.models.plan import ModelPlan, carry_out, make_plan
+from quantization.models.planned import some_rows, spread
 from quantization.models.recipe import Recipe
 from quantization.numerics.granularity import Granularity
 from quantization.schemes.layer_weights import pack_as
@@ -65,6 +67,7 @@ class FloatSource:
         report: of every layer, as :func:`quantization.quantize_model` gives it.
         dropped: keys that the model has no place for.
         left: what of its sub-folders is no part of the model, by name below the folder.
+        plan: of every parameter, as :func:`quantization.plan` gives it, where it was asked for.
     """
 
     files: TensorFolder
@@ -72,6 +75,7 @@ class FloatSource:
     report: ReplacementReport
     dropped: tuple[str, ...]
     left: tuple[str, ...] = ()
+    plan: ModelPlan | None = None
 
 
 def open_source(
@@ -83,6 +87,7 @@ def open_source(
     nonfinite: str = "raise",
     unfuse_experts: bool = False,
     statistics: Mapping[str, Statistics] | None = None,
+    planned: bool = False,
 ) -> FloatSource:
     """Plan the quantization of a checkpoint from its headers alone.
 
@@ -97,6 +102,7 @@ def open_source(
         nonfinite: as for :func:`quantization.quantize_model`.
         unfuse_experts: as for :func:`quantization.quantize_checkpoint`.
         statistics: as for :func:`quantization.quantize_model`.
+        planned: read some rows of each weight too, and say what is to be expected.
 
     Raises:
         FileNotFoundError, CheckpointError: if files are missing, broken, lack a tensor, or are
@@ -116,8 +122,10 @@ def open_source(
         sources |= parts_of_experts(sources, model.named_modules())
     found = _adopt_forms(files, list(walk(model)), sources)
     used &= {key for tensor in found.values() for key in tensor.keys}
-    options = {"exclude": exclude, "nonfinite": nonfinite, "statistics": statistics}
-    report = quantize_model(model, recipe, **options, split_attention=False)  # files have it whole
+    options: dict[str, Any] = {"nonfinite": nonfinite, "statistics": statistics}
+    request = Request(recipe, exclude, split_attention=False, **options)  # files have it whole
+    plan = make_plan(model, request, partial(_some_rows, found)) if planned else None
+    report = carry_out(model, request)
     template = stored_model(report.model)
     ways = {
         name: partial(_fitted, c.method, statistics, (c.name, *c.aliases))
@@ -135,7 +143,7 @@ def open_source(
     assets = assets_of(files) if is_folder else ()
     stored = StoredModel(layers, tensors, template.ties, plain, assets, inner)
     dropped = tuple(key for key in files.file_of if key not in used)
-    return FloatSource(files, stored, report, dropped, left)
+    return FloatSource(files, stored, report, dropped, left, plan)
 
 
 def _model_of(
@@ -190,6 +198,17 @@ def _adopt_forms(
         group = module._parameters if name in module._parameters else module._buffers
         group[name] = made[id(tensor)]
     return {key: sources[first[id(tensor)]] for key, *_, tensor in places}
+
+
+def _some_rows(
+    sources: Mapping[str, SourceTensor], key: str, count: int, is_turned: bool
+) -> torch.Tensor:
+    """Rows of a weight, evenly spread, where files let them be read alone."""
+    source = sources[key]
+    if is_turned or source.rows is None or source.shape[0] <= count:
+        weight = source.load()
+        return some_rows(weight.t() if is_turned else weight, count)
+    return torch.cat([source.rows(i, i + 1) for i in spread(source.shape[0], count)])
 
 
 # ---- packing ---------------------------------------------------------------------------------
