@@ -21,6 +21,12 @@ from quantization.checkpoint import (
     quantize_checkpoint as quantize_checkpoint,
     save_quantized as save_quantized,
 )
+from quantization.inspection.comparison.compare import (
+    Comparison as Comparison,
+    compare as compare,
+)
+from quantization.inspection.comparison.damage import LayerDamage as LayerDamage
+from quantization.inspection.comparison.keep import Kept as Kept
 from quantization.inspection.explain import (
     Explanation as Explanation,
     explain as explain,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import itertools
 import math
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from quantization.calibration.allocation import Allocation, hull
-from quantization.calibration.calls import Batch, as_batches, observed, output_of
+from quantization.calibration.calls import Batch, as_batches, observed, recorded
 from quantization.calibration.evaluate import Divergence, divergence
 from quantization.calibration.inputs import is_causal, made_up, vocabulary_of
 from quantization.calibration.plans import (
@@ -38,15 +37,13 @@ from quantization.models.quantizer import make_layer, quantize_model
 from quantization.models.recipe import Rule
 from quantization.schemes.scheme import Scheme
 from quantization.swap.conversion import memory_of, weight_of
-from quantization.swap.patterns import Pattern, matching
-from quantization.swap.walker import walk
+from quantization.swap.patterns import Pattern, exact_pattern
 
 __all__ = ["plan_bits"]
 
 #: What a layer may become, if nothing else is said.
 CHOICES = ("w2g32af+dq:lsq", "w3g32af+dq:lsq", "w4g32af+dq:lsq", "w6g32af+dq:lsq", "w8g32af+dq:lsq")
 _CAUSAL, _OTHER = (8, 256), (96, 24)  # sequences x tokens to measure on
-_KEPT = 1 << 28  # bytes of outputs of the float model that are kept
 _TRIES = 8
 
 
@@ -118,7 +115,7 @@ def plan_bits(
         layers = trial.losses(sizes, progress)
         found, measured = trial.settle(layers, budget, max_divergence)
     planned = chosen(layers, rules, found)
-    recipe = recipe_of([_pattern(model, layer.name) for layer in planned], planned)
+    recipe = recipe_of([exact_pattern(model, layer.name) for layer in planned], planned)
     more: dict[str, Any] = {"measured": measured, "measure": loss_of(measured)[0]}
     return BitPlan(
         planned, tuple(rules), recipe, **figures(planned, found), **more,
@@ -193,13 +190,6 @@ def _scheme(rule: Rule) -> Scheme:
     return rule.scheme if isinstance(rule.scheme, Scheme) else Scheme.int8()
 
 
-def _pattern(model: nn.Module, name: str) -> str:
-    """What names this layer and no other: its name, or that as a regular expression."""
-    if name and len(matching(list(walk(model)), name)) == 1:
-        return name
-    return f"re:^{re.escape(name)}$"
-
-
 # ---- measuring -------------------------------------------------------------------------------
 
 
@@ -227,9 +217,7 @@ class _Trial:
     ) -> None:
         self._model, self._units, self._rules = model, units, rules
         self._statistics, self._batches = statistics, batches
-        self._is_float, self._size = False, 0
-        self._said: list[Any] = []
-        self._turn = itertools.count()
+        self._is_float, self._rounds = False, recorded(self._in_float)
 
     def losses(
         self, sizes: list[PlannedLayer], progress: Progress | bool | None
@@ -263,8 +251,7 @@ class _Trial:
     def _measured(self, choices: dict[int, int]) -> Divergence:
         """The divergence of the model with these choices of these units."""
         with self._standing_in(choices):
-            self._turn = itertools.count()
-            return divergence(self._model, self._float, self._batches)
+            return divergence(self._model, self._rounds(), self._batches)
 
     @contextmanager
     def _standing_in(self, choices: dict[int, int]) -> Iterator[None]:
@@ -292,17 +279,10 @@ class _Trial:
 
         return answer
 
-    def _float(self, *args: Any, **named: Any) -> Any:
-        """What the float model says to the next batch; said before, if that is not too much."""
-        turn = next(self._turn)
-        if turn < len(self._said):
-            return self._said[turn]
+    def _in_float(self, *args: Any, **named: Any) -> Any:
+        """What the float model says."""
         self._is_float = True
         try:
-            said = self._model(*args, **named)
+            return self._model(*args, **named)
         finally:
             self._is_float = False
-        self._size += output_of(said)[0].nbytes
-        if turn == len(self._said) and self._size <= _KEPT:
-            self._said.append(said)
-        return said

@@ -19,9 +19,9 @@ from quantization.calibration.calls import Batch, as_batches, call, masks_of, ob
 from quantization.calibration.inputs import batch_of, is_causal, vocabulary_of
 from quantization.console.progress import Progress, shown
 
-__all__ = ["Divergence", "Perplexity", "divergence", "perplexity"]
+__all__ = ["Divergence", "OutputSums", "Perplexity", "divergence", "perplexity"]
 
-_NUMBERS = 1 << 22  # of float64 that are looked at at once: tokens times vocabulary
+_NUMBERS = 1 << 20  # of float64 that are looked at at once: tokens times vocabulary
 
 
 @dataclass(frozen=True)
@@ -196,7 +196,7 @@ def divergence(
         >>> found.kl, found.top1, found.tokens
         (0.0, 1.0, 6)
     """
-    comparison = _Comparison(reference if isinstance(reference, nn.Module) else model)
+    comparison = OutputSums(reference if isinstance(reference, nn.Module) else model)
     given = _batches(model, batches, window)
     with observed(model, reference), shown(progress, "divergence", given) as told:
         for batch in told:
@@ -204,8 +204,8 @@ def divergence(
     return comparison.result()
 
 
-class _Comparison:
-    """Everything that is summed over batches."""
+class OutputSums:
+    """Everything that is summed of the outputs of a model and its reference, over batches."""
 
     def __init__(self, judge: nn.Module) -> None:
         self.kl, self.top1, self.drift, self.ours, self.theirs = (_Blocks() for _ in range(5))
@@ -213,6 +213,7 @@ class _Comparison:
         self.causal: bool | None = None
 
     def add(self, batch: Any, ours: Any, theirs: Any) -> None:
+        """What both give for a batch."""
         (one, is_hidden), (other, _) = output_of(ours), output_of(theirs)
         if one.shape != other.shape:
             raise ValueError(
@@ -242,6 +243,7 @@ class _Comparison:
             self.tokens += len(kl)
 
     def result(self) -> Divergence:
+        """The means so far."""
         if not self.tokens:
             raise ValueError("nothing to compare: no batch has a position that counts")
         losses = [each.mean() for each in (self.ours, self.theirs)]

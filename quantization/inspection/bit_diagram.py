@@ -38,7 +38,7 @@ def bit_diagram(text: str, drawn: Sequence[tuple[str, Place]]) -> str:
                 lines.append(_box(x, y, each, is_own) + _text(x + each / 2, y, cell, "middle"))
                 x += each
             x += _GAP
-        where = f"{place.buffer}[{', '.join(map(str, place.index))}]"
+        where = f"{place.buffer}[{', '.join(map(str, place.element))}]"
         lines.append(_text(x, y, where, "start"))
         wide = max(wide, x + _WIDTH * len(where))
         y += _HIGH + _GAP

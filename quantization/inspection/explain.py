@@ -277,7 +277,7 @@ class _Weight:
         return f"{' * '.join(names)} = {' * '.join(numbers)}{rounded}"
 
     def explanation(self, reference: float | None) -> Explanation:
-        value, more = self._value(), {}
+        value, more = self._value(), dict[str, Any]()
         if reference is not None:
             size = self.scale * self.multiplier
             quotient = reference / size + self.zero if size else float("nan")
@@ -324,7 +324,7 @@ def _reference(given: Any, shape: tuple[int, int], row: int, col: int) -> float:
     if not native.is_tensor(weight):
         raise TypeError(f"reference is a {type(given).__name__}; give a float weight or layer")
     if type(given).__name__ == "Conv1D":  # of transformers, whose weight is [in, out]
-        weight = weight.t()
+        weight = weight.T
     if tuple(weight.shape) != shape:
         raise ValueError(f"reference has shape {tuple(weight.shape)}; the weight has {shape}")
     one = native.cast(weight[row : row + 1, col], "float64")
@@ -353,6 +353,6 @@ def _own_bits(place: Place) -> str:
 
 
 def _plain_place(place: Place) -> dict[str, Any]:
-    plain = {"buffer": place.buffer, "index": list(place.index), "byte": place.offset}
+    plain = {"buffer": place.buffer, "element": list(place.element), "byte": place.offset}
     plain |= {"masks": list(place.masks), "data": list(place.data)}
     return plain if place.digit is None else plain | {"digit": place.digit}

@@ -60,7 +60,7 @@ class ByteExplanation:
     Attributes:
         buffer: name of the buffer.
         offset: of the byte.
-        index: of the element that it belongs to.
+        element: index of the element that it belongs to.
         value: of the byte.
         scheme: of the layer.
         held: what its bits belong to, the lowest first; padding belongs to no weight.
@@ -74,13 +74,13 @@ class ByteExplanation:
 
     buffer: str
     offset: int
-    index: tuple[int, ...]
+    element: tuple[int, ...]
     value: int
     scheme: Scheme
     held: tuple[HeldBits, ...]
 
     def __str__(self) -> str:
-        where = f"{self.buffer}[{', '.join(map(str, self.index))}]"
+        where = f"{self.buffer}[{', '.join(map(str, self.element))}]"
         head = f"byte {self.offset}, {where} of {self.scheme}: 0x{self.value:02x} {self.value:08b}"
         lines = [f"  {held}" for held in self.held]
         return "\n".join([head, *lines])
@@ -90,7 +90,7 @@ class ByteExplanation:
     def _repr_html_(self) -> str:
         drawn = [
             (str(held).partition(": ")[2].partition(", its")[0],
-             Place(self.buffer, self.index, self.offset, (held.mask,), (self.value,)))
+             Place(self.buffer, self.element, self.offset, (held.mask,), (self.value,)))
             for held in self.held
         ]  # fmt: skip
         return bit_diagram(str(self), drawn)

@@ -32,7 +32,7 @@ class Place(NamedTuple):
 
     Attributes:
         buffer: name of the buffer, as the layer has it.
-        index: of the element that the number begins in.
+        element: index of the element that the number begins in.
         offset: of the byte that it begins in.
         masks: which bits of that byte and of those behind it are its own.
         data: those bytes.
@@ -40,14 +40,14 @@ class Place(NamedTuple):
     """
 
     buffer: str
-    index: tuple[int, ...]
+    element: tuple[int, ...]
     offset: int
     masks: tuple[int, ...]
     data: tuple[int, ...]
     digit: int | None = None
 
     def __str__(self) -> str:
-        where = f"{self.buffer}[{', '.join(map(str, self.index))}]"
+        where = f"{self.buffer}[{', '.join(map(str, self.element))}]"
         last = self.offset + len(self.masks) - 1
         if self.digit is not None:
             return f"digit {self.digit} in base 3 of byte {self.offset}, {where}"

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from quantization.swap.regular import Regular
-from quantization.swap.walker import Site, inherit
+from quantization.swap.walker import Site, inherit, walk
 
 #: What may name modules: a name, a glob, ``re:...``, a module type, or predicate(name, module).
 Pattern = str | type[nn.Module] | Callable[[str, nn.Module], bool]
@@ -63,6 +63,19 @@ def matching(sites: list[Site], pattern: Pattern) -> list[int]:
     if not matched:
         raise ValueError(_no_match(pattern, sites))
     return matched
+
+
+def exact_pattern(model: nn.Module, name: str) -> str:
+    """What names this module and no other: its name, or that as a regular expression.
+
+    Example:
+        >>> model = nn.Sequential(nn.Sequential(nn.ReLU()), nn.ReLU())
+        >>> exact_pattern(model, "0.0"), exact_pattern(model, "0")
+        ('0.0', 're:^0$')
+    """
+    if name and len(matching(list(walk(model)), name)) == 1:
+        return name
+    return f"re:^{re.escape(name)}$"
 
 
 def _compile(pattern: Any) -> Callable[[Site], bool]:

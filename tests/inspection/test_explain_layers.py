@@ -60,8 +60,8 @@ def test_an_int8_layer_names_its_own_buffers() -> None:
     layer = QWQALinearLayer(8, 4)
     told = explain(layer, 3, 2)
     assert [part.place.buffer for part in told.parts if part.place] == ["int8_weights", "scales"]
-    assert explain_byte(layer, 26, "int8_weights").index == (3, 2)
-    assert explain_byte(layer, 13, "scales").index == (3,)
+    assert explain_byte(layer, 26, "int8_weights").element == (3, 2)
+    assert explain_byte(layer, 13, "scales").element == (3,)
 
 
 @pytest.mark.parametrize("scheme", ["w4g8a", "ternary", "w3g8af"])
