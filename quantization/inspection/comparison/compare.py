@@ -163,15 +163,15 @@ class Comparison(Tabular[LayerDamage]):
     # ---- hooks ---------------------------------------------------------------------------------
 
     def _ahead(self, name: str, module: nn.Module, args: Any, named: Any, output: Any) -> None:
-        run = self._run
-        wanted = _first_tensor(output)
-        if run.steps is not None and wanted is not None:
-            run.steps, steps = None, run.steps  # what is inside of the layer has nothing to hear
-            try:
-                own = self._pairs[name].ours.forward(*args, **named)
-            finally:
-                run.steps = steps
-            steps.say(name, (wanted, _first_tensor(own)))
+        run, wanted = self._run, _first_tensor(output)
+        if (steps := run.steps) is None or wanted is None:
+            return
+        run.steps = None  # what is inside of the layer has nothing to hear now
+        try:
+            own = self._pairs[name].ours.forward(*args, **named)
+        finally:
+            run.steps = steps
+        steps.say(name, (wanted, _first_tensor(own)))
 
     def _behind(self, name: str, module: nn.Module, args: Any, named: Any, output: Any) -> None:
         run = self._run
