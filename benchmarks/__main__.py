@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks.bench_quantize import run_quantize
 from benchmarks.records import Results
 from benchmarks.report import markdown, summary_grid
 from benchmarks.roofline import PlotError, plot
+from benchmarks.scheme_plot import plot_schemes
 from benchmarks.session import SECTIONS, Session, Settings
 from benchmarks.summary import Verdict, summarize
 from benchmarks.tables import print_columns
@@ -50,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
         return accuracy.main(given[1:])
     if given[:1] == ["hostile"]:
         return hostile.main(given[1:])
+    if given[:1] == ["families"]:
+        return import_module("benchmarks.families").main(given[1:])  # needs transformers
     options = _parser().parse_args(given)
     if options.read:
         return _tell_again(options)
@@ -71,8 +75,8 @@ def _tell_again(options: argparse.Namespace) -> int:
     best_isa = settings["isas"][0]
     verdicts = summarize(results, best_isa, settings["are_small"])
     text = markdown(results, verdicts, best_isa, every_cell=False)
-    if options.plot:
-        plot(results, options.plot)
+    for failure in _draw(results, options):
+        print(failure, file=sys.stderr)
     if options.markdown:
         options.markdown.write_text(text)
     else:
@@ -86,7 +90,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Time the kernels beside every installed peer, turn by turn, and against the "
         "limits of the machine, measured in the same run.",
         epilog="python -m benchmarks accuracy --help: what each way to quantize loses; "
-        "python -m benchmarks hostile --help: what each library makes of hostile models.",
+        "python -m benchmarks hostile --help: what each library makes of hostile models; "
+        "python -m benchmarks families --help: T5 and its kin.",
     )
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--full", action="store_true", help="every cell, and the language models")
@@ -105,6 +110,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", type=Path, metavar="FILE", help="every number")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="the tables and the summary")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="the roofline (matplotlib)")
+    parser.add_argument(
+        "--plot-schemes", type=Path, metavar="FILE.svg", help="packed_model (matplotlib)"
+    )
     parser.add_argument("--read", type=Path, metavar="FILE", help="of --json: tell it, in short")
     return parser
 
@@ -136,11 +144,8 @@ def _finish(run: Session, options: argparse.Namespace) -> None:
     if run.limits:
         results.limits = run.limits.best()
     verdicts = summarize(results, best_isa, run.settings.are_small)
-    if options.plot:
-        try:
-            plot(results, options.plot)
-        except PlotError as error:
-            results.absent["plot"] = str(error)
+    if failures := _draw(results, options):
+        results.absent["plot"] = "; ".join(failures)
     _print_summary(run, verdicts)
     if options.markdown:
         options.markdown.write_text(markdown(results, verdicts, best_isa))
@@ -155,6 +160,18 @@ def _finish(run: Session, options: argparse.Namespace) -> None:
             "rows": [row.to_dict() for row in results.rows],
         }
         options.json.write_text(json.dumps(entry, indent=1) + "\n")
+
+
+def _draw(results: Results, options: argparse.Namespace) -> list[str]:
+    """Make the pictures that are asked for; why one could not be made."""
+    failures = []
+    for path, draw in ((options.plot, plot), (options.plot_schemes, plot_schemes)):
+        try:
+            if path:
+                draw(results, path)
+        except PlotError as error:
+            failures.append(str(error))
+    return failures
 
 
 def _print_summary(run: Session, verdicts: list[Verdict]) -> None:
