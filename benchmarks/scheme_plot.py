@@ -46,8 +46,8 @@ def plot_schemes(results: Results, path: Path) -> None:
         f"{case['model']}, {case['dtype']} activations, {threads}: down and left is better"
     )
     for place in (axis.xaxis, axis.yaxis):
-        place.set_major_formatter("{x:.0f}")
-        place.set_minor_formatter("{x:.0f}")
+        place.set_major_formatter("{x:.3g}")
+        place.set_minor_formatter("{x:.3g}")
     axis.grid(alpha=0.3, which="both")
     figure.colorbar(points, label="tokens a second, greedy")
     with matplotlib.rc_context({"svg.hashsalt": "schemes"}):
