@@ -38,30 +38,30 @@ static qk_fit random_fit(void)
                   .starts = random_below(4),
                   .rounds = random_below(4),
                   .shrink = 0.1f,
-                  .code_max = (float)((1u << bits) - 1),
+                  .grid.code_max = (float)((1u << bits) - 1),
                   .scale_min = FLT_MIN,
                   .zero_min = -INFINITY,
                   .zero_max = INFINITY,
-                  .codebooks = 1,
+                  .grid.codebooks = 1,
                   .find = (qk_fit_find)random_below(4)};
     if (fit.group > fit.cols)
         fit.group = fit.cols;
     if (fit.find <= QK_FIT_SCALE && random_below(2)) {
-        fit.code_max = fit.code_max > 1 ? (fit.code_max - 1) / 2 : 1;
-        fit.code_min = -fit.code_max - 1;
+        fit.grid.code_max = fit.grid.code_max > 1 ? (fit.grid.code_max - 1) / 2 : 1;
+        fit.grid.code_min = -fit.grid.code_max - 1;
         fit.scale_min = random_below(2) ? -INFINITY : FLT_MIN;
     }
     if (random_below(2)) {
         fit.zero_min = 0;
-        fit.zero_max = fit.code_max;
+        fit.zero_max = fit.grid.code_max;
         fit.zero_step = random_below(2) ? 1 : 0.0625f;
     }
     if (fit.find <= QK_FIT_SCALE && random_below(3) == 0) {
-        fit.codebooks = random_below(2) ? 1 : fit.rows;
-        fit.level_count = rise(&levels_region, fit.codebooks, 1 + random_below(20));
-        fit.levels = levels_region.data;
-        fit.code_min = -1;
-        fit.code_max = 1;
+        fit.grid.codebooks = random_below(2) ? 1 : fit.rows;
+        fit.grid.level_count = rise(&levels_region, fit.grid.codebooks, 1 + random_below(20));
+        fit.grid.levels = levels_region.data;
+        fit.grid.code_min = -1;
+        fit.grid.code_max = 1;
     }
     return fit;
 }
@@ -85,16 +85,16 @@ void check_fit(void)
         qk_fit fit = random_fit();
         size_t blocks = fit.rows * (fit.cols / fit.group + (fit.cols % fit.group != 0));
         begin_case("%zu x %zu, groups of %zu, find %d, %zu levels, %zu starts, %zu rounds",
-                   fit.rows, fit.cols, fit.group, (int)fit.find, fit.level_count, fit.starts,
+                   fit.rows, fit.cols, fit.group, (int)fit.find, fit.grid.level_count, fit.starts,
                    fit.rounds);
         fit.x = fill(&x_region, fit.rows * fit.cols, -3, 2);
         for (size_t k = 0; k < fit.rows * fit.cols && random_below(4) == 0; k++)
             qk_store_float32(x_region.data, k, 0);
         fit.importance = fill(&importance_region, fit.cols, 0, 2);
         begin_output(&scales, blocks, 0.01, 0.5);
-        begin_output(&zeros, blocks, 0, fit.code_max > 0 ? fit.code_max : 1);
+        begin_output(&zeros, blocks, 0, fit.grid.code_max > 0 ? fit.grid.code_max : 1);
         begin_output(&errors, blocks, 0, 0);
-        int has_zeros = fit.find >= QK_FIT_ZERO || (!fit.level_count && fit.code_min == 0);
+        int has_zeros = fit.find >= QK_FIT_ZERO || (!fit.grid.level_count && fit.grid.code_min == 0);
         qk_fit_strip strip = {.fit = &fit, .last = fit.rows};
         char *memory = place(&scratch_region, qk_fit_scratch_bytes_of(&fit) + sizeof(float));
         strip.scratch = memory + (-(uintptr_t)memory & (sizeof(float) - 1));
