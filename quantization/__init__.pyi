@@ -35,6 +35,13 @@ from quantization.inspection.explain_byte import (
     ByteExplanation as ByteExplanation,
     explain_byte as explain_byte,
 )
+from quantization.inspection.footprint import footprint as footprint
+from quantization.inspection.report import (
+    LayerReport as LayerReport,
+    report as report,
+)
+from quantization.inspection.self_test import self_test as self_test
+from quantization.inspection.verify import verify as verify
 from quantization.layers.float_layers import PLAIN_LINEAR as PLAIN_LINEAR
 from quantization.layers.packed_embedding import PackedEmbedding as PackedEmbedding
 from quantization.layers.packed_layer import PackedLinearLayer as PackedLinearLayer

@@ -37,6 +37,7 @@ NEED_TORCH = {
     "quantization.inspection.comparison.damage",
     "quantization.inspection.comparison.keep",
     "quantization.checkpoint",
+    "quantization.inspection.report",
     "quantization.swap.experts",
     "quantization.linear_layer",
     "quantization.layers.float_layers",

@@ -13,12 +13,14 @@ Version 1. A folder holds safetensors files, of the names that transformers give
     layers            {dotted name: {"kind", "shape", "dtype", "scheme", "name", ...}}
     tensors           {key: {"sha256": of its bytes}}
     ties              {key of a state dict: the key whose tensor it shares}
+    methods           {dotted name: method by which the codes of the layer were found}
     other_files       {file: {"bytes": size, "sha256": of it}}: all else that was written with
                       them; "/" parts the name of a file from that of its sub-folder
     sha256            of this very object without this field, as JSON with sorted keys, no blanks
                       and ASCII alone; :func:`sealed` adds it
 
-The last two came later: documents without them are read, and less of their folders is verified.
+The last three came later: documents without them are read, and less of their folders is verified
+or known.
 
 Keys of tensors are those of the model's state dict. Every tensor stands once; a tied one under its
 first key.
@@ -30,7 +32,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -161,6 +163,7 @@ class Document:
             },
             "layers": {name: _plain_layer(layer) for name, layer in self.layers.items()},
             "ties": dict(self.ties),
+            "methods": {name: layer.method for name, layer in self.layers.items() if layer.method},
             "tensors": {
                 key: {"file": name, "sha256": sha256}
                 for name, record in self.files.items()
@@ -193,6 +196,7 @@ class Document:
             if not isinstance(plain.get(name), dict):
                 raise CheckpointError(f"{what} has no {name!r}, or one that is no object")
         layers = {name: _layer_from(name, layer, what) for name, layer in plain["layers"].items()}
+        layers = _with_methods(layers, plain.get("methods", {}), what)
         ties = plain["ties"]
         if not all(isinstance(key, str) for key in ties.values()):
             raise CheckpointError(f"{what}: ties are between keys")
@@ -308,6 +312,14 @@ def _layer_from(name: str, plain: Any, what: str) -> StoredLayer:
     if more.pop(_CONV1D, None) is not None:
         more["was_conv1d"] = True
     return StoredLayer(kind, scheme, (rows, cols), dtype, _unread, more)
+
+
+def _with_methods(
+    layers: dict[str, StoredLayer], methods: Any, what: str
+) -> dict[str, StoredLayer]:
+    if not isinstance(methods, dict) or not all(isinstance(m, str) for m in methods.values()):
+        raise CheckpointError(f"{what} has methods that are no names of layers with names of such")
+    return {name: replace(layer, method=methods.get(name, "")) for name, layer in layers.items()}
 
 
 def _check_fields(name: str, plain: Mapping[str, Any], what: str) -> None:

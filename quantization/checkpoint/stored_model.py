@@ -57,6 +57,7 @@ class StoredLayer:
         load: reads the weight, as torch tensors.
         more: what else a module of the kind needs: ``padding_idx`` of an embedding;
             ``was_conv1d``, if a linear layer came from a Conv1D of transformers.
+        method: by which its codes were found, by name; empty where nobody knows.
     """
 
     kind: str
@@ -65,6 +66,7 @@ class StoredLayer:
     dtype: str
     load: Callable[[], PackedWeights]
     more: Mapping[str, Any] = field(default_factory=dict)
+    method: str = ""
 
     @classmethod
     def of(cls, packed: PackedWeights, kind: str = "linear", **more: Any) -> StoredLayer:
@@ -85,11 +87,14 @@ class StoredLayer:
             >>> StoredLayer.of(pack_matrix(torch.eye(8), "w4")).module().out_features
             8
         """
+        layer: QuantizedModule
         if self.kind == "embedding":
-            return PackedEmbedding.from_packed(self.load(), self.more.get("padding_idx"))
-        cls: Any = KINDS[self.kind]
-        layer = cls.from_packed(self.load(), bias)
-        layer.was_conv1d = "was_conv1d" in self.more
+            layer = PackedEmbedding.from_packed(self.load(), self.more.get("padding_idx"))
+        else:
+            cls: Any = KINDS[self.kind]
+            layer = cls.from_packed(self.load(), bias)
+            layer.was_conv1d = "was_conv1d" in self.more
+        layer.method = self.method
         return layer
 
 
@@ -234,4 +239,4 @@ def _layer_of(module: QuantizedModule) -> StoredLayer:
     kind = next(kind for kind, cls in KINDS.items() if isinstance(module, cls))
     shape, dtype = module._weight_shape(), name_of(module.dtype)
     scheme = getattr(module, "scheme", Scheme.int8())
-    return StoredLayer(kind, scheme, shape, dtype, module.packed, more)
+    return StoredLayer(kind, scheme, shape, dtype, module.packed, more, module.method)

@@ -205,6 +205,7 @@ per row, 768 bytes)
         self._set_buffers(
             self._buffers_of(weights, self.dtype, nonfinite, name), tuple(weights.shape)
         )
+        self.method = "rtn"
         if _log.isEnabledFor(logging.DEBUG) and self.int8_weights.numel():
             for tokens in (1, 128):
                 _log.debug("%s [%d, %d]: %s", name, *self._weight_shape(), self.kernel(tokens))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from quantization.layers.quantized_module import QuantizedModule
-from quantization.methods.registry import Method, fit_matrix
+from quantization.methods.registry import Method, fit_matrix, method_name
 from quantization.methods.statistics import Statistics
 from quantization.ops.dtypes import name_of
 from quantization.ops.packed_rows import decode_rows, round_once
@@ -161,6 +161,7 @@ class PackedModule(QuantizedModule):
             weights, self.dtype, nonfinite, name, importance, method, statistics
         )
         self._set_buffers(buffers, tuple(weights.shape))
+        self.method = method_name(method)
 
     def _weight_names(self) -> tuple[str, ...]:
         return PARTS

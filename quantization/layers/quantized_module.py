@@ -29,10 +29,13 @@ class QuantizedModule(nn.Module):
     """
 
     #: Attributes of instances that mean nothing to a layer of another kind.
-    OWN_ATTRIBUTES: ClassVar[frozenset[str]] = frozenset({"was_conv1d"})
+    OWN_ATTRIBUTES: ClassVar[frozenset[str]] = frozenset({"was_conv1d", "method"})
 
     #: Whether it came from a Conv1D of transformers, whose checkpoints have weights [in, out].
     was_conv1d: bool = False
+
+    #: By which its codes were found, by name; empty where nobody knows.
+    method: str = ""
 
     _buffers: dict[str, Any]
     _scheme: Scheme | None = None
@@ -248,12 +251,16 @@ class QuantizedModule(nn.Module):
             for key, value in state_dict.items()
             if key.startswith(prefix)
         }
+        codes = prefix + self._weight_names()[0]
+        had_codes = codes in own
         try:
             self._quantize_incoming(own, prefix, local_metadata.get("assign_to_params_buffers"))
             self._check_incoming(own, prefix)
         except (TypeError, ValueError) as error:
             error_msgs.append(str(error))
             return
+        if codes in own:
+            self.method = "" if had_codes else "rtn"
         super()._load_from_state_dict(
             own, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
