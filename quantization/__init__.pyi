@@ -21,6 +21,8 @@ from quantization.checkpoint import (
     quantize_checkpoint as quantize_checkpoint,
     save_quantized as save_quantized,
 )
+from quantization.inspection.checking.self_test import self_test as self_test
+from quantization.inspection.checking.verify import verify as verify
 from quantization.inspection.comparison.compare import (
     Comparison as Comparison,
     compare as compare,
@@ -40,8 +42,6 @@ from quantization.inspection.report import (
     LayerReport as LayerReport,
     report as report,
 )
-from quantization.inspection.self_test import self_test as self_test
-from quantization.inspection.verify import verify as verify
 from quantization.layers.float_layers import PLAIN_LINEAR as PLAIN_LINEAR
 from quantization.layers.packed_embedding import PackedEmbedding as PackedEmbedding
 from quantization.layers.packed_layer import PackedLinearLayer as PackedLinearLayer

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from quantization.console.progress import Progress, shown
-from quantization.inspection.checks import Checked, Checks
+from quantization.inspection.checking.checks import Checked, Checks
 from quantization.inspection.explain import levels_of
 from quantization.inspection.looked import Looked, Model, layers_of, matching, reference_weights
 from quantization.inspection.report import errors_of

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from quantization.console.progress import Progress, shown
-from quantization.inspection.checks import Checked, Checks
+from quantization.inspection.checking.checks import Checked, Checks
 from quantization.inspection.looked import Looked, Model, layers_of
 from quantization.layers.packed_embedding import PackedEmbedding
 from quantization.models.decisions import form_of
@@ -16,6 +16,7 @@ from quantization.ops.runtime import active_isa, isas, set_isa
 __all__ = ["self_test"]
 
 _TOKENS = (1, 5)  # of different kernels
+_UNIT = 2.0**-24  # half the distance from 1 to the next float32
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -100,6 +101,8 @@ def _linear(module: Any, weight: torch.Tensor) -> float:
             given = x.to(dtype).double()
             exact = given @ exact_weight.T
             size = given.abs() @ exact_weight.abs().T
+            if getattr(module, "input_scale", None) is not None:  # the input is rounded once more
+                size = size * (1 + torch.finfo(dtype).eps / _UNIT / 2 / (weight.shape[1] + 6))
             if bias is not None:
                 exact, size = exact + bias, size + bias.abs()
             worst = max(worst, _share(answer, exact, size, weight.shape[1], dtype))
@@ -109,7 +112,7 @@ def _linear(module: Any, weight: torch.Tensor) -> float:
 def _share(
     answer: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, terms: int, dtype: torch.dtype
 ) -> float:
-    bound = (terms + 6) * 2.0**-24 * size
+    bound = (terms + 6) * _UNIT * size
     bound = bound + torch.finfo(dtype).eps / 2 * (exact.abs() + bound) + torch.finfo(dtype).tiny
     shares = (answer - exact).abs() / bound
     is_known = exact.isfinite() & (exact.abs() + bound < torch.finfo(dtype).max)

@@ -1,0 +1,1 @@
+"""Whether a model is as it should be: its codes, and the kernels that read them."""
