@@ -64,7 +64,7 @@ def counts_by_level(packed: PackedWeights) -> list[int]:
     """
     counts = code_counts(packed)
     if not packed.shape[0]:
-        return counts.tolist()
+        return [int(count) for count in counts]
     levels = levels_of(packed.rows(0, 1))
     order = sorted(levels, key=lambda code: levels[code])
     return [int(counts[code % len(counts)]) for code in order]

@@ -120,7 +120,7 @@ def footprint(model: nn.Module) -> Table[Owned]:
         row = owners.setdefault(owner, Owned(owner))
         storage = tensor.untyped_storage()
         memory = storages.setdefault(storage._cdata, _Memory(storage.nbytes()))
-        start = tensor.storage_offset() * tensor.element_size()
+        start = int(tensor.storage_offset()) * tensor.element_size()
         new = memory.take(start, start + _extent(tensor))
         row.nbytes += new
         row.shared += tensor.nbytes - min(new, tensor.nbytes)
@@ -162,5 +162,7 @@ def _extent(tensor: torch.Tensor) -> int:
     """Bytes from the first number of a tensor to its last."""
     if not tensor.numel():
         return 0
-    last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return (last + 1) * tensor.element_size()
+    last = sum(
+        (int(n) - 1) * int(step) for n, step in zip(tensor.shape, tensor.stride(), strict=True)
+    )
+    return int(last + 1) * tensor.element_size()

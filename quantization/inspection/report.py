@@ -124,10 +124,10 @@ def report(
     with shown(progress, "looking", pairs) as told:
         rows = tuple(_row(layer, None if pair is None else matching(*pair)) for layer, pair in told)
     total = sum(row.nbytes for row in rows)
-    notes = (f"{len(rows)} quantized layers of {size(total)}",)
+    notes = [f"{len(rows)} quantized layers of {size(total)}"]
     if rows and reference is None:
-        notes += ("SQNR and errors: give the float model as reference",)
-    return Table(_COLUMNS, rows, "", notes)
+        notes.append("SQNR and errors: give the float model as reference")
+    return Table(_COLUMNS, rows, "", tuple(notes))
 
 
 def _row(layer: Looked, weight: torch.Tensor | None) -> LayerReport:
