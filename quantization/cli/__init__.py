@@ -26,6 +26,8 @@ COMMANDS = {
     "quantize": "quantize safetensors files, tensor by tensor, into a new folder",
     "plan": "what quantize would do: every layer, its scheme and bytes",
     "inspect": "what a folder holds: layers, schemes, bytes; or tensors of a float one",
+    "explain": "one weight down to the bits of its bytes, or what a byte holds",
+    "compare": "a quantized model beside its float one, layer by layer, and what to keep in float",
     "verify": "check a quantized folder to the last byte",
     "export": "write a quantized folder in the format of another library",
     "import": "make a quantized folder of another library's files",
@@ -98,6 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("inspect", "verify", "bench"):
         made[name].add_argument("folder", type=Path)
     made["inspect"].add_argument("--layer", help="one layer: its tensors, first codes and numbers")
+    _add_inspection(made["explain"], made["compare"])
     _add_bench(made["bench"])
     return parser
 
@@ -153,6 +156,26 @@ def _add_bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=_positive, help="default: torch's")
 
 
+def _add_inspection(explain: argparse.ArgumentParser, compare: argparse.ArgumentParser) -> None:
+    add = explain.add_argument
+    add("folder", type=Path, help="a quantized folder")
+    add("layer", help="its dotted name")
+    add("place", type=int, nargs="*", metavar="ROW COL", help="of the weight")
+    add("--reference", type=Path, help="float folder: where its weight lies among the levels")
+    add("--byte", type=int, metavar="N", help="what byte N of a buffer holds, in place of a weight")
+    add("--buffer", default="codes", help="codes, scales, zero_points, ... (default: codes)")
+    add = compare.add_argument
+    add("folder", type=Path, help="a quantized folder")
+    add("reference", type=Path, help="the float folder, with a config.json of transformers")
+    add("--inputs", choices=("random", "self"), default="random",
+        help="random token ids (default), or text that the float model writes")  # fmt: skip
+    add("--tokens", type=_shape, default=(4, 128), metavar="4x128", help="sequences x tokens")
+    add("--seed", type=int, default=0)
+    columns = ("sqnr", "own_sqnr", "inherited_sqnr", "cosine", "own_share")
+    add("--sort", choices=columns, help="the least first (default: as the layers run)")
+    add("--keep", type=float, metavar="DIVERGENCE", help="which layers to leave in float for that")
+
+
 def _positive(text: str) -> int:
     value = int(text) if text.isdigit() else 0
     if value < 1:
@@ -162,3 +185,10 @@ def _positive(text: str) -> int:
 
 def _numbers(text: str) -> list[int]:
     return [_positive(part) for part in text.split(",")]
+
+
+def _shape(text: str) -> tuple[int, int]:
+    parts = text.split("x")
+    if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
+        raise argparse.ArgumentTypeError(f"{text!r} is not SEQUENCESxTOKENS, such as 4x128")
+    return int(parts[0]), int(parts[1])

@@ -17,6 +17,7 @@ from quantization.checkpoint.disk.stored_tensor import nbytes_of
 from quantization.checkpoint.format import FILE
 from quantization.checkpoint.source.float_source import open_source
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
+from quantization.cli import inspection
 from quantization.cli.bench import bench_layers
 from quantization.cli.calibration import statistics_of, with_method
 from quantization.cli.output import Output
@@ -168,9 +169,7 @@ def _candidate(name: str, layer: StoredLayer) -> Candidate:
 
 
 def _inspect_layer(stored: StoredModel, name: str, out: Output) -> dict[str, Any]:
-    if name not in stored.layers:
-        raise ValueError(f"no layer {name!r}; there are {', '.join(list(stored.layers)[:5])}, ...")
-    layer = stored.layers[name]
+    layer = inspection.layer_of(stored, name)
     module = layer.module()
     weight = module.weight
     row = weight[0, :8].tolist() if weight.numel() else []
@@ -273,6 +272,8 @@ _RUNNERS: dict[str, Callable[[argparse.Namespace, Output], dict[str, Any]]] = {
     "quantize": _quantize,
     "plan": _plan,
     "inspect": _inspect,
+    "explain": inspection.explain,
+    "compare": inspection.compare,
     "verify": _verify,
     "export": _export,
     "import": _import,
