@@ -38,6 +38,14 @@ from quantization.inspection.explain_byte import (
     explain_byte as explain_byte,
 )
 from quantization.inspection.footprint import footprint as footprint
+from quantization.inspection.plots import (
+    plot_errors as plot_errors,
+    plot_frontier as plot_frontier,
+    plot_layers as plot_layers,
+    plot_roofline as plot_roofline,
+    plot_weights as plot_weights,
+    roofline_panels as roofline_panels,
+)
 from quantization.inspection.report import (
     LayerReport as LayerReport,
     report as report,

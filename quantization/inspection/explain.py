@@ -20,7 +20,7 @@ from quantization.schemes.packed_weights import PackedWeights
 from quantization.schemes.scheme import Scheme
 from quantization.schemes.stored_scales import restore, restore_zeros
 
-__all__ = ["Explanation", "Part", "explain", "levels_of"]
+__all__ = ["Explanation", "Part", "explain", "float_matrix", "levels_of"]
 
 
 class Part(NamedTuple):
@@ -169,7 +169,9 @@ def explain(layer: Any, row: int, col: int, *, reference: Any = None) -> Explana
     parts = parts_of(layer)
     rows, cols = parts.packed.shape
     row, col = checked_index(row, rows, "row"), checked_index(col, cols, "col")
-    number = None if reference is None else _reference(reference, (rows, cols), row, col)
+    number = None
+    if reference is not None:
+        number = float(float_matrix(reference, (rows, cols), slice(row, row + 1))[0, col])
     return _Weight(parts, row, col).explanation(number)
 
 
@@ -318,8 +320,13 @@ def levels_of(one: PackedWeights) -> dict[int, float]:
     return {code: float(code) for code in range(low, low + (1 << scheme.bits))}
 
 
-def _reference(given: Any, shape: tuple[int, int], row: int, col: int) -> float:
-    """A weight of a float matrix, or of a float layer."""
+def float_matrix(given: Any, shape: tuple[int, int], rows: slice = slice(None)) -> np.ndarray:
+    """Rows of a float matrix or of the weight of a float layer, float64.
+
+    Raises:
+        TypeError: if it is neither.
+        ValueError: if it has another shape.
+    """
     weight = getattr(given, "weight", given)
     if not native.is_tensor(weight):
         raise TypeError(f"reference is a {type(given).__name__}; give a float weight or layer")
@@ -327,8 +334,7 @@ def _reference(given: Any, shape: tuple[int, int], row: int, col: int) -> float:
         weight = weight.T
     if tuple(weight.shape) != shape:
         raise ValueError(f"reference has shape {tuple(weight.shape)}; the weight has {shape}")
-    one = native.cast(weight[row : row + 1, col], "float64")
-    return float(native.to_array(one, "reference")[0])
+    return native.to_array(native.cast(weight[rows], "float64"), "reference")
 
 
 def _floats(tensor: Any) -> np.ndarray:
