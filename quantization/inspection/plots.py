@@ -133,7 +133,7 @@ def group_errors(layer: Any, reference: Any) -> np.ndarray:
         >>> from quantization import pack_matrix
         >>> weight = np.array([[1.0, 2.0, 3.0, 100.0]], "float32")
         >>> group_errors(pack_matrix(weight, "w8g2"), weight).round(3)
-        array([[0.001, 0.003]])
+        array([[0.004, 0.001]])
     """
     parts = parts_of(layer)
     packed = parts.packed
@@ -242,7 +242,7 @@ def plot_layers(table: Any, column: str, *, name: str | None = None, ax: Any = N
     Example:
         >>> from quantization.console.table import table_of
         >>> table = table_of(("layer", "bits"), [("a", 4), ("b", 8)])
-        >>> [bar.get_width() for bar in plot_layers(table, "bits").patches]
+        >>> [float(bar.get_width()) for bar in plot_layers(table, "bits").patches]
         [4.0, 8.0]
     """
     table = table.table()
