@@ -50,6 +50,7 @@ from quantization.inspection.report import (
     LayerReport as LayerReport,
     report as report,
 )
+from quantization.layers.arena import lay_out as lay_out, pages_of as pages_of
 from quantization.layers.float_layers import PLAIN_LINEAR as PLAIN_LINEAR
 from quantization.layers.packed_embedding import PackedEmbedding as PackedEmbedding
 from quantization.layers.packed_layer import PackedLinearLayer as PackedLinearLayer

@@ -4,9 +4,9 @@
     model = load_quantized("folder", model)
     quantize_checkpoint("float-folder", "folder", "w4g64a")
 
-:mod:`quantization.checkpoint.format` has the format. Loading maps the files: it takes the time that
-headers take, the kernels read the bits in place, and processes that load the same folder share its
-pages. Nothing is pickled.
+:mod:`quantization.checkpoint.format` has the format. Loading reads the files once into
+memory of the process's own, or maps them: that takes the time that headers take, the kernels read
+the bits in place, and processes that load the same folder share its pages. Nothing is pickled.
 """
 
 from quantization.checkpoint.disk.json_files import CheckpointError

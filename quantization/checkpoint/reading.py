@@ -25,23 +25,28 @@ from quantization.checkpoint.format import (
     parts_of,
 )
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
+from quantization.layers.arena import HUGE, Arena, fits, offers_huge_pages
 from quantization.schemes.packed_weights import PackedWeights
 
 __all__ = ["check_hashes", "check_record", "read_checkpoint", "verify_checkpoint"]
 
 
+#: What may be asked for: views of mapped files, or memory of the process's own.
+PAGES = ("file", "memory")
+
+
 def read_checkpoint(
-    folder: str | os.PathLike[str], *, verify: bool = False, mmap: bool = True
+    folder: str | os.PathLike[str], *, verify: bool = False, pages: str | None = "file"
 ) -> StoredModel:
     """What a folder holds, checked: files against their records, tensors against their layers.
 
     Args:
         folder: as for :func:`load_quantized`.
         verify: as for :func:`load_quantized`.
-        mmap: as for :func:`load_quantized`.
+        pages: as for :func:`load_quantized`.
 
     Raises:
-        FileNotFoundError, CheckpointError: as for :func:`load_quantized`.
+        FileNotFoundError, CheckpointError, ValueError: as for :func:`load_quantized`.
 
     Example:
         >>> import tempfile
@@ -51,11 +56,14 @@ def read_checkpoint(
         ...     list(read_checkpoint(f"{place}/model").tensors)
         ['weight', 'bias']
     """
+    if pages not in (None, *PAGES):
+        raise ValueError(f"pages is {pages!r}; it is one of {', '.join(map(repr, PAGES))}, or None")
     folder, document, files = _open(folder)
     if verify:
         _verify_hashes(document, files)
         _verify_others(folder, document)
-    reader = _Reader(folder, document, files, mmap)
+    is_copied = pages == "memory" or (pages is None and _pays_to_copy(files))
+    reader = _Reader(folder, document, files, Arena() if is_copied else None)
     layers = {name: reader.layer(name, layer) for name, layer in document.layers.items()}
     used = {key_of(name, "weight") for name in document.layers}  # placeholders
     used |= {key_of(name, part) for name, layer in document.layers.items()
@@ -190,13 +198,23 @@ def _verify_others(folder: Path, document: Document) -> None:
         )
 
 
+def _pays_to_copy(files: Mapping[str, TensorFile]) -> bool:
+    """Whether memory of one's own is faster than the files', and large enough."""
+    nbytes = sum(file.header.nbytes for file in files.values())
+    return nbytes >= HUGE and offers_huge_pages() and fits(nbytes)
+
+
 class _Reader:
     """Tensors of a folder by their keys; tied keys give one tensor."""
 
     def __init__(
-        self, folder: Path, document: Document, files: Mapping[str, TensorFile], mmap: bool
+        self,
+        folder: Path,
+        document: Document,
+        files: Mapping[str, TensorFile],
+        arena: Arena | None,
     ) -> None:
-        self.ties, self.mmap = document.ties, mmap
+        self.ties, self.arena = document.ties, arena
         self.where = str(folder)
         self.file_of: dict[str, TensorFile] = {}
         self._loaded: dict[str, torch.Tensor] = {}
@@ -220,7 +238,8 @@ class _Reader:
     def _tensor(self, key: str) -> torch.Tensor:
         if key not in self._loaded:
             file = self.file_of[key]
-            self._loaded[key] = file.tensor(key) if self.mmap else file.to_read(key).load()
+            arena = self.arena
+            self._loaded[key] = file.tensor(key) if arena is None else file.read(key, arena.empty)
         return self._loaded[key]
 
     def layer(self, name: str, layer: StoredLayer) -> StoredLayer:

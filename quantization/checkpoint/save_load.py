@@ -85,15 +85,19 @@ def load_quantized(
     model: nn.Module | None = None,
     *,
     verify: bool = False,
-    mmap: bool = True,
+    pages: str | None = None,
+    mmap: bool | None = None,
 ) -> nn.Module:
     """The model of a folder that :func:`save_quantized` or a conversion wrote, on the CPU.
 
-    Its tensors are views of the mapped files: what is not used is not read. Writing to one copies
-    its pages in this process; the files never change. As of any mapped file, if somebody makes one
-    shorter while the model is in use, the system ends the process (SIGBUS) when it touches what is
-    gone: replace such files, as :func:`save_quantized` does, never write into them; or read them
-    whole by ``mmap=False``.
+    With ``pages="memory"`` every tensor is read once into memory of the process's own, on huge
+    pages where the system offers them, and the files are closed: each token is then faster, and the
+    first one comes later. With ``pages="file"`` tensors are views of the mapped files: opening
+    takes no time, what is not used is not read, and processes that load the same folder share its
+    memory. Writing to one copies its pages in this process; the files never change. As of any
+    mapped file, if somebody makes one shorter while the model is in use, the system ends the
+    process (SIGBUS) when it touches what is gone: replace such files, as :func:`save_quantized`
+    does, never write into them.
 
     Args:
         folder: the folder.
@@ -102,7 +106,10 @@ def load_quantized(
             the class that ``config.json`` names is built; needs transformers.
         verify: check the hash of every tensor and of every other file first, which reads all of
             them, as ``verify_checkpoint`` does.
-        mmap: False: read every tensor into memory of its own, where the files may change later.
+        pages: ``"memory"`` or ``"file"``; None: memory where that is worth while, that is, where
+            huge pages are offered and the files, of 2 MB or more, take at most half of what the
+            system, or the container's limit, has left; else the files.
+        mmap: True is another word for ``pages="file"``, False for ``pages="memory"``.
 
     Returns:
         The model; the very module that was given, unless that is itself a quantized layer. One that
@@ -112,6 +119,7 @@ def load_quantized(
         FileNotFoundError: if a file is missing.
         CheckpointError: if a file is broken, or of a later version; the message names what.
         RestoreError: if the checkpoint does not fit the model, which is then as it was.
+        ValueError: for other ``pages``, or if ``mmap`` says the contrary.
         ImportError: if transformers would be needed and is not installed.
 
     Example:
@@ -123,7 +131,7 @@ def load_quantized(
         >>> layer.int8_weights.shape
         torch.Size([32, 16])
     """
-    stored = read_checkpoint(folder, verify=verify, mmap=mmap)
+    stored = read_checkpoint(folder, verify=verify, pages=_pages(pages, mmap))
     if model is None:
         if stored.config is None or not is_of_transformers(stored.config):
             kind = "" if stored.config is None else " of transformers"
@@ -134,3 +142,12 @@ def load_quantized(
         dtypes = (tensor.dtype for tensor in stored.tensors.values())
         model = skeleton_of_config(folder, first_float(dtypes))
     return restore_model(stored, model)
+
+
+def _pages(pages: str | None, mmap: bool | None) -> str | None:
+    if mmap is None:
+        return pages
+    meant = "file" if mmap else "memory"
+    if pages not in (None, meant):
+        raise ValueError(f"pages={pages!r} and mmap={mmap} say different things: give one of them")
+    return meant

@@ -50,6 +50,7 @@ from quantization.integrations.transformers_stored import (
 )
 from quantization.integrations.transformers_ties import restrict_ties
 from quantization.integrations.transformers_weights import FloatWeights
+from quantization.layers.arena import lay_out
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.models.quantizer import dequantize_model, form_of
 from quantization.swap.report import ReplacementReport
@@ -130,6 +131,7 @@ class Quantizer(HfQuantizer):
         if report is not None:
             self.report = report
         restrict_ties(model)
+        lay_out(model)
         self.quantization_config.describe(model)
         return model
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from quantization.console.progress import Progress, shown
+from quantization.layers.arena import lay_out_layers
 from quantization.layers.float_layers import is_conv1d
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.swap import OBSERVERS, walker
@@ -91,6 +92,8 @@ def swap(
         for layer in told:
             layer.new = convert(layer.module, layer.names[0], layer.make)
     share_weights([(layer.module, layer.new) for layer in layers if layer.new is not None])
+    made = [m for layer in layers if layer.new is not None for m in layer.new.modules()]
+    lay_out_layers(module for module in made if isinstance(module, QuantizedModule))
     swapped = {id(layer.module): layer.new for layer in layers if layer.new is not None}
     report = _report(sites, layers, target, swapped, {"noun": noun} | words)
     assign(stores_of(sites, swapped))

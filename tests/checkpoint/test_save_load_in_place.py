@@ -1,4 +1,4 @@
-"""A loaded model reads its file in place: mapped, shared between processes, never written."""
+"""A loaded model reads its file in place, mapped and never written, or once into its own memory."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ from quantization import (
     PackedLinearLayer,
     QWQALinearLayer,
     load_quantized,
+    pages_of,
+    quantize_model,
     save_quantized,
 )
 from quantization.checkpoint import verify_checkpoint
+from quantization.layers.arena import offers_huge_pages, read_maps
 from tests.checkpoint_models import (
     files_of,
     net,
@@ -44,6 +47,46 @@ def test_files_that_are_read_whole_may_change_later(mmap: bool, tmp_path: Path) 
     changed = [key for key, tensor in again.state_dict().items()
                if not torch.equal(tensor.nan_to_num(), copies[key].nan_to_num())]  # fmt: skip
     assert bool(changed) == mmap
+
+
+def large() -> nn.Sequential:
+    """More than a huge page in 8 bits, with a float layer that has no bias."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(1024, 2048), nn.Linear(2048, 512), nn.Linear(512, 64, False))
+
+
+@pytest.mark.parametrize("scheme", ["w8a16", "w8g32a"])
+def test_each_way_of_pages_gives_the_same_model(scheme: str, tmp_path: Path) -> None:
+    model = large()
+    quantize_model(model, {"2": None, "*": scheme})
+    save_quantized(model, tmp_path / "saved")
+    for pages, told in (("file", "file"), ("memory", "huge"), (None, "huge")):
+        again = load_quantized(tmp_path / "saved", large(), pages=pages)
+        assert state_equal(again, model)
+        assert isinstance(again[2].weight, nn.Parameter) and again[2].weight.requires_grad
+        if offers_huge_pages():
+            maps = read_maps()
+            assert {pages_of(tensor, maps) for tensor in again.state_dict().values()} == {told}
+        if pages == "memory":
+            assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_model_that_does_not_fit_twice_stays_in_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_quantized(large(), tmp_path / "saved")
+    monkeypatch.setattr("quantization.checkpoint.reading.fits", lambda nbytes: nbytes < 1 << 20)
+    again = load_quantized(tmp_path / "saved", large())
+    assert pages_of(again[0].weight) in ("file", "")
+
+
+def test_what_pages_may_be(tmp_path: Path) -> None:
+    save_quantized(net(), tmp_path / "saved")
+    with pytest.raises(ValueError, match="pages is 'huge'; it is one of 'file', 'memory', or None"):
+        load_quantized(tmp_path / "saved", net(), pages="huge")
+    with pytest.raises(ValueError, match="say different things"):
+        load_quantized(tmp_path / "saved", net(), pages="memory", mmap=True)
+    load_quantized(tmp_path / "saved", net(), pages="memory", mmap=False)
 
 
 # ---- in place --------------------------------------------------------------------------------
@@ -98,7 +141,7 @@ with torch.device("meta"):
     model = nn.Sequential(*(nn.Linear(4096, 4096, bias=False) for _ in range(layers)))
 load_quantized(sys.argv[3], small)  # what is imported on first use
 before, start = resident(), time.perf_counter()
-load_quantized(folder, model)
+load_quantized(folder, model, pages="file")
 took = time.perf_counter() - start
 print(took, resident() - before)
 """
@@ -126,7 +169,7 @@ def test_loading_takes_what_headers_take(tmp_path: Path) -> None:
 SHARED = """
 import sys, torch
 from quantization import QWQALinearLayer, load_quantized
-layer = load_quantized(sys.argv[1], torch.nn.Linear(2048, 2048))
+layer = load_quantized(sys.argv[1], torch.nn.Linear(2048, 2048), pages="file")
 layer(torch.ones(1, 2048))
 sums, inside = {}, False
 for line in open("/proc/self/smaps"):
@@ -142,7 +185,7 @@ print(sums["Shared_Clean:"], sums["Private_Dirty:"])
 @pytest.mark.skipif(not Path("/proc/self/smaps").exists(), reason="needs /proc")
 def test_processes_share_the_pages(tmp_path: Path) -> None:
     save_quantized(QWQALinearLayer(2048, 2048), tmp_path / "big")
-    mine = load_quantized(tmp_path / "big", nn.Linear(2048, 2048))
+    mine = load_quantized(tmp_path / "big", nn.Linear(2048, 2048), pages="file")
     mine(torch.ones(1, 2048))
     run = subprocess.run(
         [sys.executable, "-c", SHARED, str(tmp_path / "big")],

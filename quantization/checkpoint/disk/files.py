@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "below",
@@ -26,10 +27,12 @@ __all__ = [
     "new_file",
     "new_folder",
     "put_in_place",
+    "read_into",
     "regular",
     "sync",
 ]
 
+_READ = 1 << 26  # bytes that are read at once
 _LENGTH = 12  # of what tells the temporary names beside a path apart
 
 
@@ -330,6 +333,29 @@ def regular(path: Path) -> os.stat_result:
     if not stat.S_ISREG(found.st_mode):
         raise ValueError(f"{path} is no regular file")
     return found
+
+
+def read_into(data: Any, path: Path, at: int) -> bool:
+    """Fill an array of bytes from a place in a file; False if the file ends before.
+
+    In blocks, between which an interrupt is heard.
+
+    Example:
+        >>> data = bytearray(3)
+        >>> with tempfile.NamedTemporaryFile() as file:
+        ...     _ = Path(file.name).write_bytes(b"12345")
+        ...     read_into(data, Path(file.name), 1), read_into(data, Path(file.name), 3)
+        (True, False)
+    """
+    left = memoryview(data)
+    with path.open("rb", buffering=0) as file:
+        file.seek(at)
+        while left:
+            count = file.readinto(left[:_READ])
+            if not count:
+                return False
+            left = left[count:]
+    return True
 
 
 def digest_of(path: Path) -> tuple[int, str]:

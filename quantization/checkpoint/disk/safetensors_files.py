@@ -14,17 +14,16 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 
-from quantization.checkpoint.disk.files import member, regular
+from quantization.checkpoint.disk.files import member, read_into, regular
 from quantization.checkpoint.disk.json_files import CheckpointError, parse_json, read_json
 from quantization.checkpoint.disk.stored_tensor import StoredTensor
 
@@ -40,7 +39,8 @@ __all__ = [
 
 INDEX = "model.safetensors.index.json"
 _STEMS = ("model", "diffusion_pytorch_model")  # of files of transformers, of diffusers
-
+Shape = tuple[int, ...]
+Room = Callable[..., torch.Tensor]  # makes a tensor without numbers yet, of a shape and dtype
 _DTYPES = {
     "F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
     "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool", "U16": "uint16",
@@ -196,21 +196,21 @@ class TensorFile:
                 raise CheckpointError(f"{self.path}: {error}") from None
         return self._mapped.get_tensor(key)
 
+    def read(self, key: str, room: Room) -> torch.Tensor:
+        """A tensor in memory that `room` gives; the file is closed again."""
+        entry = self.header.entries[key]
+        return self._read(entry.dtype, entry.shape, entry.start, room)
+
     def rows(self, key: str, start: int, stop: int) -> torch.Tensor:
         """Rows of a tensor in memory of their own, read without mapping the file."""
-        entry = self.header.entries[key]
-        inner = entry.shape[1:]
-        row_bytes = math.prod(inner) * getattr(torch, entry.dtype).itemsize
-        at = entry.start + start * row_bytes
+        entry, inner = self.header.entries[key], self.header.entries[key].shape[1:]
+        at = entry.start + start * math.prod(inner) * _itemsize(entry.dtype)
         return self._read(entry.dtype, (stop - start, *inner), at)
 
-    def _read(self, dtype: str, shape: tuple[int, ...], at: int) -> torch.Tensor:
-        made = torch.empty(shape, dtype=getattr(torch, dtype))
-        if made.numel():
-            raw = np.fromfile(self.path, np.uint8, made.nbytes, offset=at)
-            if raw.size != made.nbytes:
-                raise CheckpointError(f"{self.path} became shorter while it was read")
-            made = torch.from_numpy(raw).view(made.dtype).reshape(shape)
+    def _read(self, dtype: str, shape: Shape, at: int, room: Room = torch.empty) -> torch.Tensor:
+        made = room(shape, dtype=getattr(torch, dtype))
+        if not read_into(made.reshape(-1).view(torch.uint8).numpy(), self.path, at):
+            raise CheckpointError(f"{self.path} became shorter while it was read")
         return made
 
     def stored(self, key: str) -> StoredTensor:
