@@ -11,12 +11,15 @@ reader of the output went away.
 from __future__ import annotations
 
 import argparse
+import difflib
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from quantization.formats import FORMATS
+from quantization.version import VERSION
 
 __all__ = ["COMMANDS", "main"]
 
@@ -25,15 +28,17 @@ COMMANDS = {
     "suite": "the end-to-end suite on a real model, which runs without a command too",
     "quantize": "quantize safetensors files, tensor by tensor, into a new folder",
     "plan": "what quantize would do: every layer, its scheme and bytes",
+    "report": "layers of a quantized folder: scheme, method, bytes, codes; errors with --reference",
     "inspect": "what a folder holds: layers, schemes, bytes; or tensors of a float one",
     "explain": "one weight down to the bits of its bytes, or what a byte holds",
     "compare": "a quantized model beside its float one, layer by layer, and what to keep in float",
-    "verify": "check a quantized folder to the last byte",
+    "verify": "check a quantized folder to the last byte and code, its kernels with --self-test",
     "export": "write a quantized folder in the format of another library",
     "import": "make a quantized folder of another library's files",
     "bench": "time the layers of a quantized folder beside nn.Linear, on this CPU",
 }
 
+_TABLES = ("plan", "report", "inspect", "compare", "verify", "bench")
 _EPILOG = """recipes:
   --scheme NAME           for every linear layer: w4g64a (4 bits, groups of 64, asymmetric), w8,
                           w3g128, nf4, mxfp4, kmeans4, binaryg32, ternary, int8, ... +dq, +f16
@@ -51,9 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     is_suite = arguments[:1] == ["suite"]
+    if arguments[:1] == ["--version"]:
+        print(f"quantization {VERSION}")
+        return 0
     if is_suite or not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
         if arguments and not arguments[0].startswith("-") and not is_suite:
-            _parser().parse_args(arguments)  # no such command: exits and says which there are
+            _refuse_command(arguments[0])
         from quantization.demo.suite import main as suite
 
         return suite(arguments[is_suite:])
@@ -70,10 +78,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader has seen enough: `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except (OSError, ValueError, TypeError, ImportError, RuntimeError, MemoryError) as error:
+    except Exception as error:
+        logging.getLogger("quantization").debug("the command failed", exc_info=True)
         notes = "".join(f"\n  {note}" for note in getattr(error, "__notes__", ()))
-        print(f"error: {error}{notes}", file=sys.stderr)
+        expected = isinstance(error, _MISTAKES) and str(error)
+        said = f"{error}" if expected else f"{type(error).__name__}: {error}"
+        flags = commands.flags_of(options)
+        print(f"error: {commands.as_flags(said + notes, flags)}", file=sys.stderr)
         return 1
+
+
+_MISTAKES = (OSError, ValueError, TypeError, ImportError, RuntimeError, MemoryError)
+
+
+def _refuse_command(name: str) -> None:
+    near = difflib.get_close_matches(name, COMMANDS, 1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    _parser().error(f"there is no command {name!r}; there are {', '.join(COMMANDS)}{hint}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,6 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="quantization",
         description="Weight quantization for PyTorch.",
     )
+    parser.add_argument("--version", action="version", version=f"quantization {VERSION}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     made = {}
     commands.add_parser("suite", help=COMMANDS["suite"], add_help=False)
@@ -94,11 +116,23 @@ def _parser() -> argparse.ArgumentParser:
             epilog=_EPILOG if name in ("quantize", "plan") else None,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        made[name].add_argument("--json", action="store_true", help="print one JSON object")
+        forms = made[name].add_mutually_exclusive_group()
+        forms.add_argument("--json", action="store_true", help="print one JSON object")
+        if name in _TABLES:
+            forms.add_argument("--markdown", action="store_true", help="tables as Markdown")
+            forms.add_argument("--html", action="store_true", help="tables as HTML, with bars")
     _add_quantize(made["quantize"], made["plan"])
     _add_formats(made["export"], made["import"])
-    for name in ("inspect", "verify", "bench"):
+    for name in ("report", "inspect", "verify", "bench"):
         made[name].add_argument("folder", type=Path)
+    for name in ("report", "verify"):
+        reference = "the folder in float, from which it was quantized"
+        made[name].add_argument("--reference", type=Path, metavar="FLOAT", help=reference)
+    made["report"].add_argument(
+        "--sort", metavar="COLUMN", help="the worst first: sqnr, nbytes, ..."
+    )
+    kernels = "each instruction set of this CPU against the definition, on these layers"
+    made["verify"].add_argument("--self-test", action="store_true", help=kernels)
     made["inspect"].add_argument("--layer", help="one layer: its tensors, first codes and numbers")
     _add_inspection(made["explain"], made["compare"])
     _add_bench(made["bench"])

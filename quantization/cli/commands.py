@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -20,22 +20,33 @@ from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.cli import inspection
 from quantization.cli.bench import bench_layers
 from quantization.cli.calibration import statistics_of, with_method
-from quantization.cli.output import Output
+from quantization.cli.output import Output, as_flags
 from quantization.console.columns import Column, size
 from quantization.console.progress import progress
 from quantization.console.table import Table, table_of
 from quantization.formats import FormatError, reader, writer
 from quantization.formats.gguf import save_tokenizer
+from quantization.inspection.checking.self_test import self_test
+from quantization.inspection.checking.verify import verify
+from quantization.inspection.report import report
 from quantization.swap.report import COLUMNS, Candidate, ReplacementReport, joined
 
-__all__ = ["run"]
+__all__ = ["as_flags", "flags_of", "run"]
 
 
 def run(options: argparse.Namespace) -> int:
     """Do what the command line asks for; the exit code."""
-    out = Output(options.json)
-    out.finish(_RUNNERS[options.command](options, out))
-    return 0
+    forms = ("json", "markdown", "html")
+    form = next((form for form in forms if getattr(options, form, False)), "text")
+    out = Output(form, flags_of(options))
+    result = _RUNNERS[options.command](options, out)
+    out.finish(result)
+    return 0 if result.get("ok", True) else 1
+
+
+def flags_of(options: argparse.Namespace) -> Collection[str]:
+    """The options of a command, by their names in Python."""
+    return vars(options).keys()
 
 
 # ---- quantize, plan --------------------------------------------------------------------------
@@ -58,7 +69,20 @@ def _recipe(options: argparse.Namespace) -> dict[str, str | None] | str:
     return rules | ({"*": scheme} if scheme else {})
 
 
+def _refuse_gguf(source: Path) -> None:
+    """Files of GGUF hold quantized tensors; they have a way of their own."""
+    files = sorted(source.glob("*")) if source.is_dir() else [source]
+    found = [file for file in files if file.suffix.lower() == ".gguf"]
+    others = [file for file in files if file.suffix == ".safetensors"]
+    if found and not others:
+        raise ValueError(
+            f"{found[0]} is a GGUF file, which is quantized by itself: "
+            f"quantization import {found[0]} NEW-FOLDER --format gguf"
+        )
+
+
 def _quantize(options: argparse.Namespace, out: Output) -> dict[str, Any]:
+    _refuse_gguf(options.source)
     if options.dry_run:
         return _plan(options, out)
     recipe = _recipe(options)
@@ -86,6 +110,7 @@ def _quantize(options: argparse.Namespace, out: Output) -> dict[str, Any]:
 
 
 def _plan(options: argparse.Namespace, out: Output) -> dict[str, Any]:
+    _refuse_gguf(options.source)
     source = open_source(
         options.source,
         _recipe(options),
@@ -197,10 +222,28 @@ def _inspect_float(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     return {"tensors": {key: {"dtype": e.dtype, "shape": e.shape} for key, e in entries.items()}}
 
 
+def _report(options: argparse.Namespace, out: Output) -> dict[str, Any]:
+    with progress("report") as show:
+        found = report(options.folder, options.reference, progress=show)
+    if options.sort:
+        found = found.sort(options.sort, reverse=options.sort in ("nbytes", "bytes"))
+    out.table(found)
+    return {"folder": str(options.folder), "layers": found.to_records()}
+
+
 def _verify(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     nbytes = checkpoint.verify_checkpoint(options.folder)
     out.line(f"{options.folder}: {size(nbytes)} of tensors, all as they were written")
-    return {"folder": str(options.folder), "bytes": nbytes}
+    result: dict[str, Any] = {"folder": str(options.folder), "bytes": nbytes, "ok": True}
+    with progress("verify") as show:
+        checks = [verify(options.folder, options.reference, progress=show)]
+        if options.self_test:
+            checks.append(self_test(options.folder, progress=show))
+    for found in checks:
+        out.table(found)
+        result[found.title.replace(" ", "_")] = found.to_records()
+        result["ok"] = result["ok"] and found.ok
+    return result
 
 
 # ---- formats, bench --------------------------------------------------------------------------
@@ -271,6 +314,7 @@ def _bench(options: argparse.Namespace, out: Output) -> dict[str, Any]:
 _RUNNERS: dict[str, Callable[[argparse.Namespace, Output], dict[str, Any]]] = {
     "quantize": _quantize,
     "plan": _plan,
+    "report": _report,
     "inspect": _inspect,
     "explain": inspection.explain,
     "compare": inspection.compare,

@@ -19,6 +19,7 @@ is finite and only read, ``statistics`` are those of the layer's inputs, or None
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -124,7 +125,9 @@ def method_of(method: str | Method) -> Method:
     if not isinstance(method, str):
         raise TypeError(f"method must be a name or a function, not {method!r:.60}")
     if method not in _METHODS:
-        raise ValueError(f"there is no method {method!r}; there are {', '.join(_METHODS)}")
+        near = difflib.get_close_matches(method, _METHODS, 1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"there is no method {method!r}; there are {', '.join(_METHODS)}{hint}")
     return _METHODS[method]
 
 

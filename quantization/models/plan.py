@@ -181,7 +181,7 @@ def plan(
         >>> model = nn.Sequential(nn.Linear(64, 64, bias=False), nn.LayerNorm(64))
         >>> planned = plan(model, "w4g32a")
         >>> planned["0"].what, planned["0"].bytes_after, planned["1.bias"].what
-        ('quantize', 2624, 'stays: of a LayerNorm')
+        ('quantize', 2624, 'stays: bias')
         >>> report = planned.apply()
         >>> type(model[0]).__name__, report.model_bytes_after == planned.bytes_after
         ('PackedLinearLayer', True)

@@ -95,7 +95,7 @@ def parameters_of(sites: list[Site], layers: list[Layer]) -> list[Found]:
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 8))
         >>> [row.what for row, *_ in parameters_of([Site("0", model, "0", model[0])], [])]
-        ['stays: of a Linear', 'stays: of a Linear']
+        ['stays: Linear', 'stays: bias']
     """
     holders = _holders(sites, layers)
     found: dict[Any, Found] = {}
@@ -154,7 +154,7 @@ def _row(
     row = PlannedParameter(
         name=name,
         status="stays",
-        reason=f"of a {type(owner).__name__}",
+        reason="bias" if "bias" in name.rpartition(".")[2] else type(owner).__name__,
         kind=type(owner).__name__,
         shape=tuple(tensor.shape),
         bytes_before=tensor.nbytes,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -56,7 +57,7 @@ def parse_name(text: Any) -> dict[str, Any]:
         raise ValueError(
             f"{text!r} names no scheme; names are such as w4g64a, w8, w3g128, nf4g64, fp4g64, "
             "mxfp4, kmeans4, kmeans4r, binaryg32, ternary, with +dq for double quantization and "
-            "+f16 for the type of the scales"
+            f"+f16 for the type of the scales{_near(text)}"
         )
     grid = _GRIDS.get(match["base"], match["base"])
     values = {"bits": int(bits), "grid": grid, "granularity": _span(match, grid)}
@@ -112,6 +113,18 @@ def _option(text: str, option: str, values: dict[str, Any]) -> dict[str, Any]:
     if option == _DOUBLE_QUANT and has_floats:
         found["zero_point"] = "fixed"
     return found
+
+
+def _near(text: str) -> str:
+    """A hint at the scheme that other libraries call so, or at a name that is spelled alike."""
+    said = re.fullmatch(
+        r"(u?)(?:int|i|q|w|bits?)?[-_]?([1-8])(?:[-_]?bits?|b|_[\dkKsSmM_]+)?(g\d+)?", text
+    )
+    if said:
+        return f"; did you mean 'w{said[2]}{said[3] or ''}{'a' * bool(said[1])}'?"
+    names = ("w4", "w8", "w4g64a", "nf4", "fp4", "mxfp4", "kmeans4", "binary", "ternary", "int8")
+    near = difflib.get_close_matches(text.lower(), names, 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def name_of_scheme(scheme: Any) -> str:

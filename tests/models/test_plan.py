@@ -96,7 +96,7 @@ def test_the_deed_is_as_planned(case: int, device: str) -> None:
 def test_sharing_is_told() -> None:
     rows = plan(tied(), "w4")
     assert rows["head"].what.startswith("left: tied to embed.weight") and rows["head"].shares
-    assert rows["embed"].what == "stays: of a Embedding"
+    assert rows["embed"].what == "stays: Embedding"
     (row,) = plan(tied(), {"embed": "w4", "head": "w4"})
     assert row.aliases == ("head.weight",) and "(also head.weight)" in row.called
 
