@@ -11,13 +11,13 @@ reader of the output went away.
 from __future__ import annotations
 
 import argparse
-import difflib
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from quantization.console.near import did_you_mean
 from quantization.formats import FORMATS
 from quantization.version import VERSION
 
@@ -92,8 +92,7 @@ _MISTAKES = (OSError, ValueError, TypeError, ImportError, RuntimeError, MemoryEr
 
 
 def _refuse_command(name: str) -> None:
-    near = difflib.get_close_matches(name, COMMANDS, 1)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
+    hint = did_you_mean(name, COMMANDS)
     _parser().error(f"there is no command {name!r}; there are {', '.join(COMMANDS)}{hint}")
 
 

@@ -15,6 +15,7 @@ from quantization.checkpoint.disk.stored_tensor import key_of
 from quantization.checkpoint.source.skeleton import skeleton_of_config
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
 from quantization.cli.output import Output
+from quantization.console.near import did_you_mean
 from quantization.console.progress import progress
 from quantization.inspection.comparison.compare import compare as compare_models
 from quantization.inspection.explain import explain as explain_weight
@@ -30,7 +31,10 @@ def layer_of(stored: StoredModel, name: str) -> StoredLayer:
         ValueError: if there is none; the message has some that there are.
     """
     if name not in stored.layers:
-        raise ValueError(f"no layer {name!r}; there are {', '.join(list(stored.layers)[:5])}, ...")
+        some = ", ".join(list(stored.layers)[:5])
+        raise ValueError(
+            f"no layer {name!r}; there are {some}, ...{did_you_mean(name, stored.layers)}"
+        )
     return stored.layers[name]
 
 

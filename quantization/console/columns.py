@@ -21,7 +21,7 @@ KINDS = {
     "histogram": "<",  # counts
 }
 
-_BINS = 16
+_BINS = 8
 _BLOCKS, _PLAIN = " ▁▂▃▄▅▆▇█", " .:-=+*%#"
 
 

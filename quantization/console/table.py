@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import shutil
 from abc import abstractmethod
@@ -13,6 +12,7 @@ from typing import Any, Generic, TypeVar
 from quantization.console.as_html import html_table
 from quantization.console.as_text import markdown_lines, paragraph, text_lines
 from quantization.console.columns import Column
+from quantization.console.near import did_you_mean
 
 __all__ = ["Table", "Tabular", "table_of"]
 
@@ -165,9 +165,7 @@ class Table(Tabular[Row], Sequence[Row]):
             if key in (column.key, column.heading):
                 return column
         keys = [column.key for column in self.columns]
-        near = difflib.get_close_matches(str(key), keys, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise KeyError(f"no column {key!r}; there are {', '.join(keys)}{hint}")
+        raise KeyError(f"no column {key!r}; there are {', '.join(keys)}{did_you_mean(key, keys)}")
 
     def shown(self) -> list[Column]:
         """The columns that have a value in some row."""
@@ -202,8 +200,7 @@ class Table(Tabular[Row], Sequence[Row]):
         names = [self.columns[0].of(row) for row in self.rows]
         if key in names:
             return self.rows[names.index(key)]
-        near = difflib.get_close_matches(key, map(str, names), 1)
-        raise KeyError(f"no row {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        raise KeyError(f"no row {key!r}{did_you_mean(key, names)}")
 
 
 def table_of(

@@ -32,7 +32,7 @@ _COLUMNS = (
     Column("largest_error", "number", "largest", ".2g", "largest error of a weight"),
     Column("mean_error", "number", "mean", ".2g", "mean size of the errors"),
     Column("saturated", "share", "ends", ".1%", "codes at the lowest or highest level"),
-    Column("used", "text", help="levels that some weight has, of how many there are"),
+    Column("used", "text", extra=True, help="levels that some weight has, of how many there are"),
     Column("codes", "histogram", help="how often each level is used, the lowest first"),
     Column("pages", "text", help="what kind of memory its codes lie in", extra=True),
     Column("kernel", extra=True, help="instruction set of this CPU that multiplies by it"),

@@ -19,13 +19,13 @@ is finite and only read, ``statistics`` are those of the layer's inputs, or None
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import numpy as np
 
+from quantization.console.near import did_you_mean
 from quantization.methods.columns import awq, sinq, sinq_lsq
 from quantization.methods.gptq import descent, gptq
 from quantization.methods.hqq import hqq
@@ -125,8 +125,7 @@ def method_of(method: str | Method) -> Method:
     if not isinstance(method, str):
         raise TypeError(f"method must be a name or a function, not {method!r:.60}")
     if method not in _METHODS:
-        near = difflib.get_close_matches(method, _METHODS, 1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        hint = did_you_mean(method, _METHODS)
         raise ValueError(f"there is no method {method!r}; there are {', '.join(_METHODS)}{hint}")
     return _METHODS[method]
 

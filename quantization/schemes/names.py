@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping
 from typing import Any
 
+from quantization.console.near import did_you_mean
 from quantization.numerics.granularity import Granularity, PerDimension, PerGroup
 from quantization.numerics.parameters import Mode
 from quantization.schemes.codebooks import own_grids, own_levels
@@ -123,8 +123,7 @@ def _near(text: str) -> str:
     if said:
         return f"; did you mean 'w{said[2]}{said[3] or ''}{'a' * bool(said[1])}'?"
     names = ("w4", "w8", "w4g64a", "nf4", "fp4", "mxfp4", "kmeans4", "binary", "ternary", "int8")
-    near = difflib.get_close_matches(text.lower(), names, 1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    return did_you_mean(text.lower(), names)
 
 
 def name_of_scheme(scheme: Any) -> str:

@@ -180,7 +180,7 @@ def test_as_a_process(tmp_path: Path) -> None:
     assert run.returncode == 0 and json.loads(run.stdout)["coverage"] > 0.9, run.stderr
     load_quantized(tmp_path / "new", _skeleton(source))
     run = subprocess.run([*command, "--scheme", "w4"], capture_output=True, text=True, check=False)
-    assert run.returncode == 1 and "overwrite=True replaces it" in run.stderr
+    assert run.returncode == 1 and "; --overwrite replaces it" in run.stderr
 
 
 def _skeleton(source: Path) -> nn.Module:
