@@ -206,6 +206,8 @@ def _add_inspection(explain: argparse.ArgumentParser, compare: argparse.Argument
     add("--seed", type=int, default=0)
     columns = ("sqnr", "own_sqnr", "inherited_sqnr", "cosine", "own_share")
     add("--sort", choices=columns, help="the least first (default: as the layers run)")
+    alone = "for --keep: measure first what each layer alone loses, one run a layer"
+    add("--measure", action="store_true", help=alone)
     add("--keep", type=float, metavar="DIVERGENCE", help="which layers to leave in float for that")
 
 

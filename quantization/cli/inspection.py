@@ -93,7 +93,7 @@ def compare(options: argparse.Namespace, out: Output) -> dict[str, Any]:
     result: dict[str, Any] = {"inputs": made.source, "layers": both.to_records()}
     result |= {"divergence": vars(both.divergence)}
     if options.keep is not None:
-        kept = both.keep(options.keep)
+        kept = both.keep(options.keep, measured=options.measure)
         rules = " ".join(f"--rule '{pattern}=none'" for pattern in kept)
         out.line(f"to keep to {options.keep:g}: {rules or 'nothing stays in float'}")
         result |= {"keep": list(kept.layers), "kept_divergence": vars(kept.measured)}

@@ -224,6 +224,30 @@ def test_mistakes_are_told(wrong: Callable[..., Any], error: type[Exception], wo
         wrong(*pair())
 
 
+def test_layers_are_ranked_by_what_each_alone_loses_if_that_is_wanted() -> None:
+    class Minds(nn.Module):
+        """Its second layer's damage is the largest, and counts for nothing."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(16, 16), nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.a(x) + 1e-6 * self.b(x)
+
+    torch.manual_seed(0)
+    reference = Minds()
+    model = copy.deepcopy(reference)
+    quantize_model(model, {"a": "w3", "b": "w2"})
+    with compare(model, reference) as both:
+        both(torch.randn(8, 16))
+    assert both.sort("own_sqnr")[0].name == "b"
+    wanted = both.divergence.kl / 100
+    for kept in (both.keep(wanted), both.keep(wanted, measured=True)):
+        assert kept.layers == ("a",)
+    assert both.keep(wanted, measured=True).trials <= 6
+
+
 def test_keep_says_when_nothing_does() -> None:
     model, reference = pair()
     with compare(model, reference) as both:

@@ -51,6 +51,7 @@ def kept(
     batches: Sequence[Any],
     most: float,
     show: Progress | bool | None = None,
+    measured: bool = False,
 ) -> Kept:
     """A short list of layers with which the model keeps to a divergence.
 
@@ -61,6 +62,7 @@ def kept(
         batches: to measure on.
         most: KL a token, or drift.
         show: True for a bar, or a function that is called with (done, total) trials.
+        measured: rank them anew, by what each loses where all others are in float.
 
     Raises:
         ValueError: if all of them do not do.
@@ -68,6 +70,8 @@ def kept(
     shown = bar("measuring lists") if show is True else nullcontext(show or (lambda a, b: None))
     with shown as told, observed(model, reference):
         trial = _Trials(model, reference, batches, most, told, ranked)
+        if measured:
+            trial.rank()
         return _rules(model, trial, trial.shortest())
 
 
@@ -82,6 +86,14 @@ class _Trials:
         self._rounds = recorded(reference)
         self._most, self._told, self._ranked = most, told, list(ranked)
         self.found: dict[tuple[str, ...], Divergence] = {}
+        self._expected = len(ranked).bit_length() + 2 + _RETURNS
+
+    def rank(self) -> None:
+        """Order the layers by what each alone loses, the worst first."""
+        names = self._ranked
+        self._expected += len(names)
+        alone = {name: self.loss([n for n in names if n != name]) for name in names}
+        self._ranked = sorted(names, key=lambda name: -alone[name])
 
     def does(self, names: Sequence[str]) -> bool:
         """Whether the model keeps to the divergence with these layers in float."""
@@ -93,8 +105,7 @@ class _Trials:
         if key not in self.found:
             with in_float(self._model, self._reference, key):
                 self.found[key] = divergence(self._model, self._rounds(), self._batches)
-            total = len(self._ranked).bit_length() + 2 + _RETURNS
-            self._told(min(len(self.found), total), total)
+            self._told(min(len(self.found), self._expected), self._expected)
         return loss_of(self.found[key])[1]
 
     def shortest(self) -> list[str]:
