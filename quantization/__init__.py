@@ -7,11 +7,13 @@
 >>> type(model[0]).__name__, type(model[2]).__name__
 ('QWQALinearLayer', 'Linear')
 
-Names are loaded when first used, so the NumPy core works where torch is not installed.
+Names are loaded when first used, so the NumPy core works where torch is not installed; there
+``from quantization import *`` gives what works, and any other name says what to install.
 """
 
 import ast
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +31,44 @@ _HOME_OF = {
     for alias in node.names
 }
 
-__all__ = ["__version__", *_HOME_OF]
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME_OF:
+    value: Any
+    if name == "__all__":
+        value = ["__version__", *(name for name, home in _HOME_OF.items() if _is_there(home))]
+    elif name not in _HOME_OF:
         raise AttributeError(f"module 'quantization' has no attribute {name!r}")
-    value = getattr(import_module(_HOME_OF[name]), name)
+    else:
+        value = getattr(_home(name), name)
     globals()[name] = value
     return value
+
+
+def _home(name: str) -> Any:
+    try:
+        return import_module(_HOME_OF[name])
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        remedy = import_module("quantization.ops.extras").install_command("torch")
+        raise ImportError(f"quantization.{name} needs torch: {remedy}", name="torch") from error
+
+
+def _has_torch() -> bool:
+    try:
+        return find_spec("torch") is not None
+    except ImportError:
+        return False
+
+
+def _is_there(home: str) -> bool:
+    """Whether names of a module can be had: without torch, not all of them."""
+    try:
+        return _has_torch() or bool(import_module(home))
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        return False
 
 
 def _notify_integrations(model: Any) -> None:
@@ -48,4 +79,4 @@ OBSERVERS.append(_notify_integrations)
 
 
 def __dir__() -> list[str]:
-    return sorted(set(globals()) | set(__all__))
+    return sorted(set(globals()) | {"__all__", *_HOME_OF})

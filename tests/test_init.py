@@ -80,6 +80,25 @@ assert "torch" not in sys.modules
     assert run.stdout == run.stderr == ""
 
 
+def test_without_torch_star_gives_what_works_and_names_say_what_to_install() -> None:
+    code = f"""{WITHOUT_TORCH}
+from quantization import *
+import quantization
+
+assert callable(quantize_linear) and callable(pack_matrix) and "quantize_model" not in globals()
+for name in ("quantize_model", "QWQALinearLayer", "load_quantized"):
+    try:
+        getattr(quantization, name)
+    except ImportError as error:
+        assert str(error) == f'quantization.{{name}} needs torch: pip install "qwqa[torch]"', error
+    else:
+        raise SystemExit(name)
+assert "torch" not in sys.modules
+"""
+    run = python(code)
+    assert run.returncode == 0, run.stderr
+
+
 def test_the_numpy_core_works_where_torch_cannot_be_imported() -> None:
     code = f"""{WITHOUT_TORCH}
 import numpy as np

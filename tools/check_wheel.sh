@@ -48,7 +48,7 @@ find_python() {
 # tree itself stay behind.
 mkdir "$work/apart"
 cp -r tests "$work/apart/tests"
-(cd "$work/apart/tests" && rm -f test_house.py test_readme.py test_emulated.py)
+(cd "$work/apart/tests" && rm -f test_house.py test_pages.py test_emulated.py)
 for version in 3.12 3.13; do
     other=$(find_python "$version")
     if [ -z "$other" ]; then

@@ -110,7 +110,7 @@ def quantize_checkpoint(
             if the source changes meanwhile.
         RuntimeError: if a worker dies.
         OSError: if the disk fills; the destination does not appear, and the source is untouched.
-        Whatever :func:`quantization.quantize_model` raises, before anything is written.
+        TypeError, ValueError: as :func:`quantization.quantize_model`, before anything is written.
 
     Example:
         >>> import tempfile
