@@ -25,6 +25,7 @@ from quantization.checkpoint.format import (
     parts_of,
 )
 from quantization.checkpoint.stored_model import StoredLayer, StoredModel
+from quantization.console.progress import shown
 from quantization.layers.arena import HUGE, Arena, fits, offers_huge_pages
 from quantization.schemes.packed_weights import PackedWeights
 
@@ -165,8 +166,9 @@ def check_hashes(file: TensorFile, record: FileRecord) -> None:
 
 
 def _verify_hashes(document: Document, files: Mapping[str, TensorFile]) -> None:
-    for name, file in files.items():
-        check_hashes(file, document.files[name])
+    with shown(None, "verifying", files.items()) as told:
+        for name, file in told:
+            check_hashes(file, document.files[name])
 
 
 def _verify_others(folder: Path, document: Document) -> None:

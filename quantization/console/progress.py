@@ -6,7 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from importlib.util import find_spec
+from typing import Any, TypeVar
 
 __all__ = ["Progress", "progress", "shown"]
 
@@ -19,29 +20,27 @@ _PAUSE = 2.0  # seconds between two lines
 
 
 @contextmanager
-def progress(label: str, unit: str = "it") -> Iterator[Progress]:
+def progress(label: str, unit: str = "it", delay: float = 0.0) -> Iterator[Progress]:
     """A function that shows how far something is.
 
-    On a terminal it moves the bar of tqdm, if that is installed, with the time that is left;
-    elsewhere it says each tenth, at most every two seconds.
+    On a terminal and in a notebook it moves the bar of tqdm, if that is installed, with the time
+    that is left; elsewhere it says each tenth, at most every two seconds.
 
     Args:
         label: what goes on.
         unit: of what is counted; ``"B"`` for bytes.
+        delay: seconds before anything is shown.
 
     Example:
         >>> with progress("reading", "B") as show:
         ...     show(1, 2)
         ...     show(2, 2)
     """
-    try:
-        from tqdm import tqdm
-    except ModuleNotFoundError:
-        tqdm = None
-    if tqdm is None or not sys.stderr.isatty():
+    bars = _bars()
+    if bars is None:
         yield _tenths(label)
         return
-    with tqdm(unit=unit, unit_scale=True, desc=label) as bar:
+    with bars(unit=unit, unit_scale=True, desc=label, delay=delay) as bar:
 
         def show(done: int, total: int) -> None:
             bar.total = total
@@ -57,7 +56,9 @@ def shown(
     """The same items, with a word after each of how far they are, if that is wanted.
 
     Args:
-        wanted: True for a bar, a function to call, or None; nothing is told of items without len().
+        wanted: True for a bar, a function to call, or False; None: a bar where a reader sits, on a
+            terminal or in a notebook, if it takes longer than a second. Nothing is told of items
+            without len().
         label: what goes on.
         items: what is gone through.
 
@@ -68,10 +69,11 @@ def shown(
         2 2
         'ab'
     """
-    if not wanted or not isinstance(items, Sized):
+    if wanted is False or not isinstance(items, Sized) or (wanted is None and _bars() is None):
         yield items
         return
-    with progress(label) if wanted is True else nullcontext(wanted) as show:
+    bar = progress(label, delay=1.0 if wanted is None else 0.0)
+    with nullcontext(wanted) if callable(wanted) else bar as show:
 
         def told() -> Iterator[Item]:
             for done, item in enumerate(items, start=1):
@@ -79,6 +81,21 @@ def shown(
                 show(done, len(items))
 
         yield told()
+
+
+def _bars() -> Any:
+    """The class of bars that the reader can see; None where there is no reader, or no tqdm."""
+    is_notebook = "ipykernel" in sys.modules
+    if not is_notebook and not sys.stderr.isatty():
+        return None
+    try:
+        if is_notebook and find_spec("ipywidgets") is not None:
+            from tqdm.auto import tqdm
+        else:
+            from tqdm import tqdm
+    except ModuleNotFoundError:
+        return None
+    return tqdm
 
 
 def _tenths(label: str) -> Progress:

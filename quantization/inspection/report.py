@@ -13,11 +13,15 @@ from quantization.console.progress import Progress, shown
 from quantization.console.table import Table
 from quantization.inspection.codes import counts_by_level
 from quantization.inspection.looked import Looked, Model, layers_of, matching, reference_weights
+from quantization.layers.arena import pages_of, read_maps
 from quantization.models.decisions import form_of
 from quantization.ops.runtime import active_isa
 from quantization.schemes.packed_weights import PackedWeights
 
 __all__ = ["Errors", "LayerReport", "errors_of", "report"]
+
+#: Stretches of memory, as :func:`quantization.layers.arena.read_maps` tells them.
+Maps = list[tuple[int, int, str]]
 
 _NUMBERS = 1 << 22  # that are decoded at a time
 
@@ -43,6 +47,12 @@ _COLUMNS = (
 class LayerReport:
     """What is known of a layer.
 
+    Example:
+        >>> from quantization import PackedLinearLayer
+        >>> row = report(PackedLinearLayer(64, 8, scheme="w4g32"))[0]
+        >>> row.shape, row.levels, sum(row.codes)
+        ((8, 64), 16, 512)
+
     Attributes:
         layer: its dotted name.
         aliases: further names of the same codes.
@@ -55,7 +65,8 @@ class LayerReport:
         saturated: share of codes at the lowest or highest level.
         levels: how many levels its grid has; with rows of different levels, each row's.
         codes: how often each is used, the lowest first.
-        pages: what kind of memory it lies in; None where that is not known.
+        pages: what kind of memory its codes lie in: ``"huge"``, ``"small"``, ``"file"``; empty
+            where the system does not tell.
         kernel: the instruction set that multiplies by it.
     """
 
@@ -71,7 +82,7 @@ class LayerReport:
     mean_error: float | None
     saturated: float | None
     codes: tuple[int, ...] | None
-    pages: str | None
+    pages: str
     kernel: str
 
     @property
@@ -121,8 +132,11 @@ def report(
     layers = layers_of(model)
     weights = None if reference is None else reference_weights(reference)
     pairs = [(layer, None if weights is None else (layer, weights)) for layer in layers]
+    maps = read_maps()
     with shown(progress, "looking", pairs) as told:
-        rows = tuple(_row(layer, None if pair is None else matching(*pair)) for layer, pair in told)
+        rows = tuple(
+            _row(layer, None if pair is None else matching(*pair), maps) for layer, pair in told
+        )
     total = sum(row.nbytes for row in rows)
     notes = [f"{len(rows)} quantized layers of {size(total)}"]
     if rows and reference is None:
@@ -130,7 +144,7 @@ def report(
     return Table(_COLUMNS, rows, "", tuple(notes))
 
 
-def _row(layer: Looked, weight: torch.Tensor | None) -> LayerReport:
+def _row(layer: Looked, weight: torch.Tensor | None, maps: Maps) -> LayerReport:
     module = layer.module
     packed = module.packed()
     is_known = not packed.packed_weights.is_meta and 0 not in packed.shape
@@ -150,7 +164,7 @@ def _row(layer: Looked, weight: torch.Tensor | None) -> LayerReport:
         mean_error=errors.mean,
         saturated=ends,
         codes=counts,
-        pages=getattr(module, "pages", None),
+        pages=pages_of(packed.packed_weights, maps),
         kernel=active_isa(),
     )
 

@@ -75,7 +75,8 @@ def quantize_model(
         statistics: of the inputs of layers by dotted name, of this model in float:
             :func:`quantization.calibrate`. For methods that use them; a layer without them is
             fitted as if its columns counted the same, and the report says so.
-        progress: True for a bar on stderr, or a function that is called with (done, total) layers.
+        progress: True for a bar on stderr, False for none, or a function that is called with (done,
+            total) layers; None: a bar on a terminal or in a notebook, if it lasts over a second.
         plain_linear: subclasses of nn.Linear, or their names, that compute ``x W^T + bias`` and
             nothing else, as nobody but you can know of your own. They become the same layers.
             :data:`quantization.PLAIN_LINEAR` has those that are known without (Falcon's).

@@ -44,3 +44,18 @@ def test_progress_on_a_terminal_is_a_bar_that_goes(monkeypatch: pytest.MonkeyPat
         show(0, 10)
         show(10, 10)
     assert "reading: 100%" in out.getvalue()
+
+
+def test_what_is_short_or_unseen_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm")
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    for terminal in (False, True):
+        monkeypatch.setattr(out, "isatty", lambda terminal=terminal: terminal, raising=False)
+        for wanted in (None, False):
+            with progress.shown(wanted, "working", range(9)) as told:
+                assert list(told) == [*range(9)]
+    assert out.getvalue() == ""
+    with progress.shown(True, "working", range(9)) as told:
+        list(told)
+    assert "working" in out.getvalue()

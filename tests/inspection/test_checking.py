@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import doctest
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,13 +29,6 @@ load_tests = pytest_cases(__file__)
 SCHEMES = ["w8a16", "w2a", "w3g5", "w4g64a", "w5", "w6g7af", "w7a", "w8", "w4g16af+dq", "nf4",
            "mxfp4", "fp4g8", "kmeans3", "kmeans4r", "binaryg8", "ternary", "w4g8+cols", "int8",
            "w4g16+f16", "w3g8a+dq"]  # fmt: skip
-
-
-@pytest.mark.parametrize("module", ["checks", "verify", "self_test"])
-def test_examples_in_the_docstrings(module: str) -> None:
-    name = f"quantization.inspection.checking.{module}"
-    found = doctest.testmod(sys.modules.get(name) or __import__(name, fromlist=["x"]))
-    assert found.attempted and not found.failed
 
 
 def net(scheme: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:

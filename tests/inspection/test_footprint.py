@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import doctest
-
 import pytest
 
 torch = pytest.importorskip("torch")
 from torch import nn
 
 from quantization import footprint, quantize_model
-from quantization.inspection import footprint as module
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
@@ -20,13 +17,6 @@ def storages(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     kept = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}
     return sum(kept.values())
-
-
-def test_examples_in_the_docstrings() -> None:
-    import sys
-
-    found = doctest.testmod(sys.modules["quantization.inspection.footprint"])
-    assert found.attempted and not found.failed and module
 
 
 def test_owners_and_their_sum() -> None:

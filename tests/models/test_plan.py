@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import doctest
 import math
-import sys
 from typing import Any
 
 import pytest
@@ -19,12 +17,6 @@ from tests.models.small_models import Model
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
-
-
-@pytest.mark.parametrize("module", ["decisions", "expected", "plan", "planned"])
-def test_examples_in_the_docstrings(module: str) -> None:
-    found = doctest.testmod(sys.modules[f"quantization.models.{module}"])
-    assert found.attempted and not found.failed
 
 
 def tied() -> nn.Module:
