@@ -7,8 +7,14 @@ import torch
 from torch import nn
 
 from quantization import (
-    explain, load_quantized, plan, quantize_model, register_grid, report, save_quantized,
-)  # fmt: skip
+    explain,
+    load_quantized,
+    plan,
+    quantize_model,
+    register_grid,
+    report,
+    save_quantized,
+)
 
 register_grid("cubic", lambda bits: np.linspace(-1, 1, 2**bits) ** 3)  # dense about zero
 

@@ -9,7 +9,7 @@ from quantization import PackedWeights, pack_matrix, quantize_model, register_me
 
 
 def clipped(weight, scheme, statistics) -> PackedWeights:
-    """The largest numbers are cut off at the best of a few places, so that the steps are smaller."""
+    """Large numbers are cut off at the best of a few places: the steps get smaller."""
     tries = [pack_matrix(weight.clamp(-cut, cut), scheme) for cut in weight.abs().max() * SHARES]
     return min(tries, key=lambda packed: float((packed.dequantize() - weight).square().sum()))
 
