@@ -16,7 +16,14 @@ torch = pytest.importorskip("torch")
 from safetensors.torch import load_model, save_model
 from torch import nn
 
-from quantization import PackedLinearLayer, QWQALinearLayer, lay_out, pages_of, quantize_model
+from quantization import (
+    PackedLinearLayer,
+    QWQALinearLayer,
+    lay_out,
+    pages_of,
+    quantize_model,
+    report,
+)
 from quantization.layers import arena
 from quantization.layers.arena import HUGE, REGION, Arena, fits, offers_huge_pages, read_maps
 from tests.unittest_bridge import pytest_cases
@@ -71,6 +78,12 @@ def test_a_swap_lays_codes_side_by_side_on_huge_pages(
     assert pages_of(next(plain.buffers())) != "huge"
     assert all(torch.equal(a, b) for a, b in zip(net.buffers(), plain.buffers(), strict=True))
     assert torch.equal(net(x), plain(x))
+
+
+@needs_pages
+def test_a_report_names_the_pages() -> None:
+    assert {row.pages for row in report(quantized())} == {"huge"}
+    assert report(nn.Sequential(QWQALinearLayer(8, 8, device="meta")))["0"].pages == ""
 
 
 @needs_pages
