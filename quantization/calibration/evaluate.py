@@ -21,7 +21,7 @@ from quantization.console.progress import Progress, shown
 
 __all__ = ["Divergence", "OutputSums", "Perplexity", "divergence", "perplexity"]
 
-_NUMBERS = 1 << 20  # of float64 that are looked at at once: tokens times vocabulary
+_NUMBERS = 1 << 19  # of float64 that are looked at at once: tokens times vocabulary
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def perplexity(
                     "other models"
                 )
             for row, keep in enumerate(places.keep):
-                losses.add(_losses(logits[row][keep], places.targets(row)))
+                losses.add(_losses(logits[row], keep, places.targets(row)))
     mean, error = losses.mean(), losses.error()
     if mean is None or error is None:
         raise ValueError("no token to foresee: sequences need 2 tokens or more")
@@ -229,13 +229,13 @@ class OutputSums:
                 self.drift.add(1 - torch.cosine_similarity(mean, wanted, dim=0)[None])
                 self.tokens += int(keep.sum())
             elif not is_hidden:
-                self._add_logits(one[row][keep], other[row][keep])
+                self._add_logits(_pieces(one[row], keep), _pieces(other[row], keep))
                 if places.causal:
-                    self.ours.add(_losses(one[row][keep], places.targets(row)))
-                    self.theirs.add(_losses(other[row][keep], places.targets(row)))
+                    self.ours.add(_losses(one[row], keep, places.targets(row)))
+                    self.theirs.add(_losses(other[row], keep, places.targets(row)))
 
-    def _add_logits(self, ours: Tensor, theirs: Tensor) -> None:
-        found = [_compared(*pair) for pair in zip(_pieces(ours), _pieces(theirs), strict=True)]
+    def _add_logits(self, ours: Iterator[Tensor], theirs: Iterator[Tensor]) -> None:
+        found = [_compared(*pair) for pair in zip(ours, theirs, strict=True)]
         if found:
             kl, same = (torch.cat(parts) for parts in zip(*found, strict=True))
             self.kl.add(kl)
@@ -324,17 +324,20 @@ def _batches(model: nn.Module, given: Any, window: int) -> Iterable[Any]:
     return as_batches(given)
 
 
-def _pieces(logits: Tensor) -> Iterator[Tensor]:
-    """Rows [tokens, classes], so many at once that float64 copies of them stay small."""
-    flat = logits.reshape(-1, logits.shape[-1])
-    if len(flat):
-        yield from flat.split(max(1, _NUMBERS // flat.shape[-1]))
+def _pieces(logits: Tensor, keep: Tensor) -> Iterator[Tensor]:
+    """Rows [tokens, classes] of what is kept, so many at once that float64 copies stay small."""
+    if keep.ndim == 0:
+        logits, keep = logits[None], keep[None]
+    if logits.numel():
+        count = max(1, _NUMBERS // logits[0].numel())
+        for part, kept in zip(logits.split(count), keep.split(count), strict=True):
+            yield part[kept].reshape(-1, logits.shape[-1])
 
 
-def _losses(logits: Tensor, targets: Tensor) -> Tensor:
+def _losses(logits: Tensor, keep: Tensor, targets: Tensor) -> Tensor:
     """-log of the chance of each target, float64."""
     parts, start = [torch.zeros(0, dtype=torch.float64)], 0
-    for piece in _pieces(logits):
+    for piece in _pieces(logits, keep):
         wanted = targets[start : start + len(piece), None]
         start += len(piece)
         parts.append(-piece.double().log_softmax(-1).gather(-1, wanted)[:, 0].cpu())

@@ -248,6 +248,28 @@ def test_layers_are_ranked_by_what_each_alone_loses_if_that_is_wanted() -> None:
     assert both.keep(wanted, measured=True).trials <= 6
 
 
+def test_outputs_that_cannot_be_compared_are_told_and_layers_still_compared() -> None:
+    class Boxes(nn.Sequential):
+        def forward(self, x: torch.Tensor) -> Any:
+            return {"boxes": super().forward(x)}
+
+    model, reference = (Boxes(*each) for each in pair())
+    with compare(model, reference) as both:
+        both(torch.ones(2, 32))
+    assert len(both) == 4 and "compare: the model returns a dict, which has no logits" in str(both)
+    with pytest.raises(ValueError, match="which has no logits"):
+        both.keep(0.1)
+
+
+def test_autocast_of_the_caller_is_that_of_both() -> None:
+    model, reference = pair()
+    with compare(model, reference) as both, torch.autocast("cpu", torch.bfloat16):
+        both(torch.randn(8, 32))
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = divergence(model, reference, both.batches).kl
+    assert both.divergence.kl == pytest.approx(loss)
+
+
 def test_keep_says_when_nothing_does() -> None:
     model, reference = pair()
     with compare(model, reference) as both:

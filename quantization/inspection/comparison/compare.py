@@ -105,6 +105,7 @@ class Comparison(Tabular[LayerDamage]):
         self._pairs, self._progress = pairs, progress
         self._sums: dict[str, LayerSums] = {}
         self._end: OutputSums | None = None
+        self._why_no_end = ""
         self._hooks: ExitStack | None = None
         self._run = _Run({}, [])
 
@@ -152,13 +153,21 @@ class Comparison(Tabular[LayerDamage]):
             finally:
                 run.steps = None
                 steps.stop()
-        if self._end is None:
-            self._end = OutputSums(self.reference)
-        self._end.add(given, ours, theirs)
+        self._add_end(given, ours, theirs)
         for name, sums in run.sums.items():
             self._sums.setdefault(name, LayerSums()).merge(sums)
         self.batches.append(given)
         return ours
+
+    def _add_end(self, given: Any, ours: Any, theirs: Any) -> None:
+        """The outputs of both; what cannot be compared is told, and the layers still are."""
+        end = self._end or OutputSums(self.reference)
+        try:
+            end.add(given, ours, theirs)
+        except TypeError as error:
+            self._why_no_end = str(error)
+        else:
+            self._end = end
 
     # ---- hooks ---------------------------------------------------------------------------------
 
@@ -206,10 +215,10 @@ class Comparison(Tabular[LayerDamage]):
         """How far the models' outputs are apart, over all batches so far.
 
         Raises:
-            ValueError: before the first batch.
+            ValueError: before the first batch, or if the outputs cannot be compared.
         """
         if self._end is None:
-            raise ValueError(_NOTHING)
+            raise ValueError(self._why_no_end or _NOTHING)
         return self._end.result()
 
     def first(self, sqnr: float = _PAST) -> LayerDamage | None:
@@ -243,8 +252,8 @@ class Comparison(Tabular[LayerDamage]):
             ValueError: before the first batch; or if all layers in float do not do, with what they
                 come to.
         """
-        if not self.batches:
-            raise ValueError(_NOTHING)
+        if self._end is None:
+            raise ValueError(self._why_no_end or _NOTHING)
         ranked = sorted(self.rows, key=lambda row: _rank(row.own_sqnr))
         names = [row.name for row in ranked]
         return kept(self.model, self.reference, names, self.batches, max_divergence, self._progress)
@@ -255,7 +264,7 @@ class Comparison(Tabular[LayerDamage]):
 
     def _title(self) -> str:
         if self._end is None:
-            return "compare: no batch so far"
+            return f"compare: {self._why_no_end or 'no batch so far'}"
         end = self.divergence
         name, loss = loss_of(end)
         same = "" if end.top1 is None else f", the same best guess for {end.top1:.1%}"

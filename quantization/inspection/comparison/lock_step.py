@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -44,8 +45,11 @@ class LockStep:
         self._stopping = self._done = False
         self._result: Any = None
         self._error: BaseException | None = None
-        kind = torch.get_autocast_dtype("cpu")
-        self._autocast = torch.autocast("cpu", kind, enabled=torch.is_autocast_enabled("cpu"))
+        self._autocasts = [
+            torch.autocast(device, torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+            if torch.is_autocast_enabled(device)
+        ]
         self._thread = threading.Thread(target=self._ahead, daemon=True)
         self._thread.start()
 
@@ -53,7 +57,9 @@ class LockStep:
         self._go.acquire()
         try:
             if not self._stopping:
-                with torch.inference_mode(False), torch.no_grad(), self._autocast:
+                with torch.inference_mode(False), torch.no_grad(), ExitStack() as stack:
+                    for autocast in self._autocasts:
+                        stack.enter_context(autocast)
                     self._result = self._run()
         except _Stopped:
             pass
@@ -64,6 +70,8 @@ class LockStep:
 
     def say(self, name: str, value: Any) -> None:
         """In the call that is ahead: what it has to say of a layer."""
+        if self._stopping:  # the other was interrupted while this one ran
+            raise _Stopped
         self._said[name].append(value)
         if name == self._wanted:
             self._wanted = None
