@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -22,7 +21,7 @@ from quantization.calibration.calls import (
 from quantization.calibration.inputs import made_up
 from quantization.calibration.sums import InputSums
 from quantization.calibration.unfinished import Unfinished, joined
-from quantization.console.progress import Progress, progress as bar
+from quantization.console.progress import Progress, telling
 from quantization.layers.float_layers import looks_linear, why_left
 from quantization.layers.quantized_module import QuantizedModule
 from quantization.methods.statistics import ModelStatistics
@@ -107,7 +106,7 @@ def calibrate(
     if known is not None:
         return known
     given: Iterable[Any]
-    with observed(model), _shown(progress) as show:
+    with observed(model), telling(progress, "calibrate", "batches") as show:
         if kind != "given":
             made = store.inputs(lambda: made_up(model, kind, tokens, seed, hessian))
             given, source = made.batches(model), made.source
@@ -244,12 +243,3 @@ def _work(
             seen.update(digest_of(flat[:: max(1, flat.numel() // 64)][:64]))
     plain = [groups, hessian, kind, tokens, seed if kind != "given" else 0, seen.hexdigest()]
     return json.dumps(plain)
-
-
-@contextmanager
-def _shown(progress: Progress | bool | None) -> Iterator[Callable[[int, int], None]]:
-    if progress is True:
-        with bar("calibrate", "batches") as show:
-            yield show
-    else:
-        yield progress or (lambda done, total: None)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-__all__ = ["Progress", "progress", "shown"]
+__all__ = ["Progress", "progress", "shown", "telling"]
 
 Item = TypeVar("Item")
 
@@ -69,11 +69,10 @@ def shown(
         2 2
         'ab'
     """
-    if wanted is False or not isinstance(items, Sized) or (wanted is None and _bars() is None):
+    if not isinstance(items, Sized):
         yield items
         return
-    bar = progress(label, delay=1.0 if wanted is None else 0.0)
-    with nullcontext(wanted) if callable(wanted) else bar as show:
+    with telling(wanted, label) as show:
 
         def told() -> Iterator[Item]:
             for done, item in enumerate(items, start=1):
@@ -81,6 +80,24 @@ def shown(
                 show(done, len(items))
 
         yield told()
+
+
+@contextmanager
+def telling(wanted: Progress | bool | None, label: str, unit: str = "it") -> Iterator[Progress]:
+    """The function that tells how far something is, as ``wanted`` of :func:`shown` says.
+
+    Example:
+        >>> with telling(print, "reading") as show:
+        ...     show(1, 2)
+        1 2
+    """
+    if callable(wanted):
+        yield wanted
+    elif wanted is False or (wanted is None and _bars() is None):
+        yield lambda done, total: None
+    else:
+        with progress(label, unit, delay=1.0 if wanted is None else 0.0) as show:
+            yield show
 
 
 def _bars() -> Any:

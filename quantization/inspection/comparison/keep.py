@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -11,7 +11,7 @@ from torch import nn
 from quantization.calibration.calls import observed, recorded
 from quantization.calibration.evaluate import Divergence, divergence
 from quantization.calibration.plans import loss_of
-from quantization.console.progress import Progress, progress as bar
+from quantization.console.progress import Progress, telling
 from quantization.models.recipe import Recipe
 from quantization.swap.patterns import exact_pattern
 from quantization.swap.walker import walk
@@ -67,8 +67,7 @@ def kept(
     Raises:
         ValueError: if all of them do not do.
     """
-    shown = bar("measuring lists") if show is True else nullcontext(show or (lambda a, b: None))
-    with shown as told, observed(model, reference):
+    with telling(show, "measuring lists") as told, observed(model, reference):
         trial = _Trials(model, reference, batches, most, told, ranked)
         if measured:
             trial.rank()
@@ -104,7 +103,9 @@ class _Trials:
         key = tuple(names)
         if key not in self.found:
             with in_float(self._model, self._reference, key):
-                self.found[key] = divergence(self._model, self._rounds(), self._batches)
+                self.found[key] = divergence(
+                    self._model, self._rounds(), self._batches, progress=False
+                )
             self._told(min(len(self.found), self._expected), self._expected)
         return loss_of(self.found[key])[1]
 
