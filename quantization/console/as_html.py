@@ -82,7 +82,8 @@ def _cell(column: Column, value: Any, largest: float) -> str:
     picture = ""
     if column.kind in ("share", "bar") and _is_number(value):
         picture = "&nbsp;" + _bar(value / largest if largest else 0.0)
-    return f'<td align="{_side(column)}">{text}{picture}</td>'
+    whole = "" if column.kind in ("name", "text") else " nowrap"
+    return f'<td align="{_side(column)}"{whole}>{text}{picture}</td>'
 
 
 def svg(width: float, label: str, inside: str, height: float = _HIGH) -> str:

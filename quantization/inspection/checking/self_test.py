@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -64,13 +65,15 @@ def _test(layer: Looked) -> Checked:
         return Checked(name, scheme, ())
     set_isa("reference")
     weight = packed.dequantize("float32")
+    is_table = isinstance(module, PackedEmbedding)
+    cases = [] if is_table else list(_cases(module, weight))
     worst, problems = 0.0, []
     for isa in isas():
         set_isa(isa)
         if not _same(packed.dequantize("float32"), weight):
             problems.append(f"{isa}: decoded numbers differ from those of the definition")
             continue
-        share = _table(module) if isinstance(module, PackedEmbedding) else _linear(module, weight)
+        share = _table(module) if is_table else max(_share(module, *case) for case in cases)
         worst = max(worst, share)
         if not share <= 1:
             problems.append(f"{isa}: an answer is {share:.3g} times as far off as it may be")
@@ -87,33 +90,35 @@ def _table(module: PackedEmbedding) -> float:
     return 0.0 if _same(rows, module.packed().dequantize()[places]) else float("inf")
 
 
-def _linear(module: Any, weight: torch.Tensor) -> float:
-    """The largest error of a layer's answers as a share of its bound."""
-    generator = torch.Generator().manual_seed(0)
+def _cases(
+    module: Any, weight: torch.Tensor
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Activations of each dtype, the exact answers, and how far off an answer may be."""
+    x = torch.randn(_TOKENS[-1], weight.shape[1], generator=torch.Generator().manual_seed(0))
     bias = None if module.bias is None else module.bias.detach().double()
-    known = bool(weight.isfinite().all(1).any())
-    exact_weight, worst = weight.double(), 0.0
+    exact_weight = weight.double().T
+    sizes = exact_weight.abs()
+    for dtype in _DTYPES:
+        given, limits = x.to(dtype), torch.finfo(dtype)
+        exact, size = given.double() @ exact_weight, given.double().abs() @ sizes
+        if bias is not None:
+            exact, size = exact + bias, size + bias.abs()
+        bound = (weight.shape[1] + 6) * _UNIT * size
+        if getattr(module, "input_scale", None) is not None:  # the input is rounded once more
+            bound = bound + limits.eps / 2 * size
+        bound = bound + limits.eps / 2 * (exact.abs() + bound) + limits.tiny
+        yield given, exact, bound
+
+
+def _share(module: Any, x: torch.Tensor, exact: torch.Tensor, bound: torch.Tensor) -> float:
+    """The largest error of a layer's answers as a share of its bound."""
+    worst = 0.0
     for tokens in _TOKENS:
-        x = torch.randn(tokens, weight.shape[1], generator=generator)
-        for dtype in _DTYPES if known else ():
-            with torch.inference_mode():
-                answer = module(x.to(dtype)).double()
-            given = x.to(dtype).double()
-            exact = given @ exact_weight.T
-            size = given.abs() @ exact_weight.abs().T
-            if getattr(module, "input_scale", None) is not None:  # the input is rounded once more
-                size = size * (1 + torch.finfo(dtype).eps / _UNIT / 2 / (weight.shape[1] + 6))
-            if bias is not None:
-                exact, size = exact + bias, size + bias.abs()
-            worst = max(worst, _share(answer, exact, size, weight.shape[1], dtype))
+        with torch.inference_mode():
+            answer = module(x[:tokens]).double()
+        shares = (answer - exact[:tokens]).abs() / bound[:tokens]
+        largest = torch.finfo(x.dtype).max
+        is_known = exact[:tokens].isfinite() & (exact[:tokens].abs() + bound[:tokens] < largest)
+        known = shares[is_known]
+        worst = max(worst, float(known.max()) if known.numel() else 0.0)
     return worst
-
-
-def _share(
-    answer: torch.Tensor, exact: torch.Tensor, size: torch.Tensor, terms: int, dtype: torch.dtype
-) -> float:
-    bound = (terms + 6) * _UNIT * size
-    bound = bound + torch.finfo(dtype).eps / 2 * (exact.abs() + bound) + torch.finfo(dtype).tiny
-    shares = (answer - exact).abs() / bound
-    is_known = exact.isfinite() & (exact.abs() + bound < torch.finfo(dtype).max)
-    return float(shares[is_known].max()) if bool(is_known.any()) else 0.0
