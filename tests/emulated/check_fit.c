@@ -94,7 +94,8 @@ void check_fit(void)
         begin_output(&scales, blocks, 0.01, 0.5);
         begin_output(&zeros, blocks, 0, fit.grid.code_max > 0 ? fit.grid.code_max : 1);
         begin_output(&errors, blocks, 0, 0);
-        int has_zeros = fit.find >= QK_FIT_ZERO || (!fit.grid.level_count && fit.grid.code_min == 0);
+        int has_zeros =
+            fit.find >= QK_FIT_ZERO || (!fit.grid.level_count && fit.grid.code_min == 0);
         qk_fit_strip strip = {.fit = &fit, .last = fit.rows};
         char *memory = place(&scratch_region, qk_fit_scratch_bytes_of(&fit) + sizeof(float));
         strip.scratch = memory + (-(uintptr_t)memory & (sizeof(float) - 1));
