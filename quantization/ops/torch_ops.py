@@ -161,9 +161,9 @@ def _is_traced() -> bool:
     return True
 
 
-def _is_differentiated(*tensors: torch.Tensor | None) -> bool:
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return True
+def _is_differentiated(x: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    if x.requires_grad or (bias is not None and bias.requires_grad):
+        return torch.is_grad_enabled() or _is_forward_mode()
     return _is_forward_mode()
 
 
@@ -203,8 +203,8 @@ def output_dtype(x: torch.Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _refuse_trained(scales: torch.Tensor) -> None:
-    if scales.requires_grad and torch.is_grad_enabled():
+def _refuse_trained() -> None:
+    if torch.is_grad_enabled():
         raise RuntimeError(
             "scales require a gradient, and quantized weights have none: pass "
             "scales.detach(), or train the float layer and quantize it again"
@@ -258,7 +258,8 @@ def linear(
     else:
         if out_dtype is None:
             out_dtype = output_dtype(x)
-        _refuse_trained(scales)
+        if scales.requires_grad:
+            _refuse_trained()
         return _linear(x, bias, out_dtype, 8, 0, weights, scales)
 
 
@@ -311,10 +312,11 @@ def packed_linear(
     """
     if out_dtype is None:
         out_dtype = output_dtype(x)
-    _refuse_trained(scales)
+    if scales.requires_grad:
+        _refuse_trained()
     if group < 1:  # 0 would say: int8 rows
         raise RuntimeError(f"group is {group}; a scale serves 1 code at least")
-    if weights.shape[-1] == 0:  # no group, though a scheme without groups has a scale all the same
+    if weights.size(-1) == 0:  # no group, though a scheme without groups has a scale all the same
         scales, zero_points = scales[:, :0], None
     tensors = (weights, scales, scale_steps, zero_points, codebook)
     return _linear(x, bias, out_dtype, bits, group, *tensors)
