@@ -25,7 +25,7 @@ from benchmarks.records import Row, add_ratios
 from benchmarks.session import COLD_WEIGHTS, SETTLE, Session, Shape, shape_name
 from benchmarks.tables import print_cells
 
-SCHEMES = ("w8", "w4g32", "w4g64a", "w4g128")
+SCHEMES = ("w8a16", "w4g32", "w4g64a", "w4g128")
 CACHES = 4  # times the last cache, at least
 PROGRAM = Path(__file__).with_name("cold_rows.py")
 
@@ -179,5 +179,5 @@ def _judge(session: Session, row: Row, told: dict[str, Any], medians: dict[str, 
     earlier = medians.get(f"{row.candidate} at {session.settings.against}")
     if earlier:
         values["of_earlier"] = earlier / row.median
-    if row.kind == "ours" and "ours w8" in medians:
-        values["of_int8"] = medians["ours w8"] / row.median
+    if row.kind == "ours" and "ours w8a16" in medians:
+        values["of_int8"] = medians["ours w8a16"] / row.median

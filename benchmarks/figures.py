@@ -70,7 +70,7 @@ def in_a_model_figures() -> list[Figure]:
 
     def of_int8(least: dict[str, float]) -> Bound:
         def bound(row: Row) -> float | None:
-            is_int8 = row.candidate == "ours w8" and is_meant(row)
+            is_int8 = row.candidate == "ours w8a16" and is_meant(row)
             return least.get(row.case["shape"]) if is_int8 else None
 
         return bound

@@ -36,14 +36,14 @@ def test_a_row_has_the_weights_of_a_model_and_more_than_caches_hold(
 
 def test_figures_of_a_row_speak_of_float32_on_one_thread() -> None:
     case = {"shape": "576x576", "dtype": "float32", "threads": 1, "layers": 405}
-    int8 = Row.of("in_a_model", case, "ours w8", "ours", Timing([1.0]))
+    int8 = Row.of("in_a_model", case, "ours w8a16", "ours", Timing([1.0]))
     int8.values |= {"fraction": 0.9, "of_earlier": 1.5, "of_int8": 1.0}
     four = Row.of("in_a_model", case, "ours w4g32", "ours", Timing([0.5]))
     four.values |= {"fraction": 0.1, "of_earlier": 2.5, "of_int8": 2.0}
     other = Row.of(
         "in_a_model",
         case | {"threads": 2},
-        "ours w8",
+        "ours w8a16",
         "ours",
         Timing([1.0]),
     )
@@ -52,7 +52,7 @@ def test_figures_of_a_row_speak_of_float32_on_one_thread() -> None:
     assert len(found) == 4
     (missed,) = filter(None, found.values())
     assert missed == [
-        "ours w8, shape 576x576, dtype float32, threads 1, layers 405: 1.50 (asked 2)"
+        "ours w8a16, shape 576x576, dtype float32, threads 1, layers 405: 1.50 (asked 2)"
     ]
 
 
@@ -63,13 +63,13 @@ def without_limits(milliseconds: float) -> None:
 def test_two_builds_take_turns(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    """The other build is a package of its own: one that knows w8 alone, and says so by its rows."""
+    """The other build is a package of its own that knows w8a16 alone, and says so by its rows."""
     package = tmp_path / "other" / "quantization"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(
         "def set_isa(name): pass\n"
         "def quantize_model(model, scheme):\n"
-        "    if scheme != 'w8': raise ValueError('this build has w8 alone')\n"
+        "    if scheme != 'w8a16': raise ValueError('this build has w8a16 alone')\n"
     )
     monkeypatch.setattr(builds, "build", lambda commit: tmp_path / "other")
     monkeypatch.setattr(session, "Limits", without_limits)
@@ -79,8 +79,8 @@ def test_two_builds_take_turns(
     rows = {row["candidate"]: row for row in json.loads(written.read_text())["rows"]}
     both = [f"ours {scheme}{suffix}" for scheme in SCHEMES for suffix in ("", " at abc")]
     assert list(rows) == ["nn.Linear", *both]
-    assert rows["ours w4g32 at abc"]["reason"] == "this build has w8 alone"
-    earlier, ours = rows["ours w8 at abc"], rows["ours w8"]
+    assert rows["ours w4g32 at abc"]["reason"] == "this build has w8a16 alone"
+    earlier, ours = rows["ours w8a16 at abc"], rows["ours w8a16"]
     assert ours["of_earlier"] == pytest.approx(earlier["median"] / ours["median"])
     assert earlier["kind"] == "earlier" and "of_earlier" not in rows["ours w4g32"]
     assert all(row["samples"] == 3 for row in rows.values() if "median" in row)
