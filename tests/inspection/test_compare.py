@@ -292,9 +292,9 @@ def test_a_damaged_layer_of_smollm2_is_found_in_one_pass() -> None:
         pytest.skip(str(error))
     model = copy.deepcopy(loaded.model)
     quantize_model(model, "w4g32a", exclude=loaded.exclude)
-    name = "model.layers.11.mlp.down_proj"
+    name = "model.layers.11.mlp.up_proj"
     broken = model.get_submodule(name).weight.clone()
-    broken[:, :64] *= 0.6
+    broken[:, ::4] = 0  # of 4 bits alone, the worst layer has 14 dB
     model.get_submodule(name).quantize(broken)
     with compare(model, loaded.model) as both:
         for row in torch.randint(0, 49152, (2, 64)):

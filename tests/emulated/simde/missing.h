@@ -7,6 +7,20 @@
 #include <stdint.h>
 #include <string.h>
 
+/* Where the CPU it is built for has no FMA, SIMDe's is a product and a sum, each rounded. */
+#undef _mm512_fmadd_ps
+static inline __m512 _mm512_fmadd_ps(__m512 a, __m512 b, __m512 c)
+{
+    float x[16], y[16], z[16];
+    memcpy(x, &a, sizeof x);
+    memcpy(y, &b, sizeof y);
+    memcpy(z, &c, sizeof z);
+    for (int i = 0; i < 16; i++)
+        z[i] = fmaf(x[i], y[i], z[i]);
+    memcpy(&c, z, sizeof c);
+    return c;
+}
+
 typedef simde__mmask8 __mmask8;
 typedef simde__mmask32 __mmask32;
 typedef simde__mmask64 __mmask64;
