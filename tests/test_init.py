@@ -99,6 +99,13 @@ assert "torch" not in sys.modules
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.parametrize("call", [["inspect", "folder"], []])
+def test_without_torch_the_command_line_says_what_to_install(call: list[str]) -> None:
+    run = python(f"{WITHOUT_TORCH}\nfrom quantization.cli import main\nsys.exit(main({call!r}))")
+    assert run.returncode == 1 and run.stdout == ""
+    assert run.stderr.startswith('error: torch is needed: pip install "qwqa[torch]" (')
+
+
 def test_the_numpy_core_works_where_torch_cannot_be_imported() -> None:
     code = f"""{WITHOUT_TORCH}
 import numpy as np

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from quantization.console.near import did_you_mean
 from quantization.formats import FORMATS
+from quantization.ops.extras import need
 from quantization.version import VERSION
 
 __all__ = ["COMMANDS", "main"]
@@ -62,10 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_suite or not arguments or arguments[0] not in (*COMMANDS, "-h", "--help"):
         if arguments and not arguments[0].startswith("-") and not is_suite:
             _refuse_command(arguments[0])
+        if not _has_torch():
+            return 1
         from quantization.demo.suite import main as suite
 
         return suite(arguments[is_suite:])
     options = _parser().parse_args(arguments)
+    if not _has_torch():
+        return 1
     from quantization.cli import commands
 
     try:
@@ -86,6 +91,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         flags = commands.flags_of(options)
         print(f"error: {commands.as_flags(said + notes, flags)}", file=sys.stderr)
         return 1
+
+
+def _has_torch() -> bool:
+    try:
+        need("torch", "torch")
+    except ImportError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return False
+    return True
 
 
 _MISTAKES = (OSError, ValueError, TypeError, ImportError, RuntimeError, MemoryError)
