@@ -5,7 +5,7 @@ enum {
     GROUP = 12,         /* a multiple of the tokens of every kernel's tile */
     CHUNK = 264,        /* more tokens gain nothing: a chunk reads the weights once from memory */
     THREAD_NS = 30000,  /* work that pays for waking a thread, which may wait for its core */
-    FIRST_NS = 5000000, /* work before a call is looked at as a long one */
+    FIRST_NS = 2000000, /* work before a call is looked at as a long one */
     WEIGHT_PS = 50,     /* picoseconds to read and convert one weight ... */
     PRODUCT_PS = 30,    /* ... and to multiply it with one token */
 };
