@@ -1,7 +1,8 @@
 """What each scheme makes of a real language model: bytes, perplexity and speed, in one table.
 
 Each linear layer but the output layer is packed from its float weight, by rounding or by the method
-that stands after the colon, whose statistics are those of random tokens: no text is read.
+that stands after the colon, whose statistics are those of random tokens: no text is read. The file of SmolLM2 holds 4 bits in
+groups of 32 with free zero points: such schemes would find its grid again, and are left out here.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 FLOAT = "float"
 SCHEMES = (
     "w8", "w6g64a", "w5g64a", "w4g64a", "nf4g64", "w3g64a", "w2g64a", "ternaryg64",
-    "w5g32af+dq:lsq", "w4g32af+dq:lsq", "nf4g32+dq:lsq", "w3g32af+dq:lsq",
+    "nf4g32+dq:lsq", "w3g64af+dq:lsq",
 )  # fmt: skip
 PROMPT = "The oldest bridge of the city"
 
