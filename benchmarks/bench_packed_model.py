@@ -1,8 +1,9 @@
 """What each scheme makes of a real language model: bytes, perplexity and speed, in one table.
 
 Each linear layer but the output layer is packed from its float weight, by rounding or by the method
-that stands after the colon, whose statistics are those of random tokens: no text is read. The file of SmolLM2 holds 4 bits in
-groups of 32 with free zero points: such schemes would find its grid again, and are left out here.
+that stands after the colon, whose statistics are those of random tokens: no text is read. The file
+of SmolLM2 holds 4 bits in groups of 32 with free zero points: schemes like that would find its grid
+again, and are left out here.
 """
 
 from __future__ import annotations
