@@ -25,7 +25,7 @@ def _layer() -> Callable[[], Any]:
     torch = pytest.importorskip("torch")
     from quantization import PackedLinearLayer
 
-    layer, x = PackedLinearLayer(1024, 512, scheme="w4g32"), torch.ones(48, 1024)
+    layer, x = PackedLinearLayer(1024, 512, scheme="w4g32"), torch.ones(480, 1024)
     return lambda: layer(x)
 
 
@@ -33,7 +33,7 @@ CALLS: dict[str, Callable[[], Callable[[], Any]]] = {
     "quantize": lambda: lambda: quantize_linear(X, "int8", Granularity.PerDimension(1)),
     "slabs": lambda: lambda: quantize_linear(X, "int8", Granularity.PerTensor),
     "pack": lambda: lambda: pack_weights(CODES, 4, layout="dense"),
-    "linear": lambda: lambda: native.linear(X[:48], WEIGHTS, np.ones(512, np.float32)),
+    "linear": lambda: lambda: native.linear(X[:480], WEIGHTS, np.ones(512, np.float32)),
     "layer": _layer,
 }
 
