@@ -10,10 +10,12 @@ cc=${CC:-gcc}
 export QUANTIZATION_CFLAGS="-O1 -g1 -fno-omit-frame-pointer -fsanitize=address"
 "$python" setup.py -q build --build-base build/asan --build-lib build/asan/lib
 
-# The interpreter is not sanitized, so the runtime comes first by LD_PRELOAD; CPython keeps memory
+# The interpreter is not sanitized, so the runtime comes first by LD_PRELOAD, and what throws
+# exceptions with it: torch loads that too late for the runtime to see. CPython keeps memory
 # at exit, so leaks are not asked for; -P keeps this folder's own package off the path.
 run() {
-    env LD_PRELOAD="$("$cc" -print-file-name=libasan.so)" PYTHONMALLOC=malloc \
+    env LD_PRELOAD="$("$cc" -print-file-name=libasan.so) $("$cc" -print-file-name=libstdc++.so)" \
+        PYTHONMALLOC=malloc \
         ASAN_OPTIONS=detect_leaks=0 \
         PYTHONPATH="$PWD/build/asan/lib" "$python" -P "$@"
 }
