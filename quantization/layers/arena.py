@@ -126,6 +126,9 @@ def lay_out(model: nn.Module) -> None:
     Args:
         model: any module; what was sent to other processes by ``share_memory`` stays shared.
 
+    Raises:
+        TypeError: if it is no nn.Module.
+
     Example:
         >>> from quantization import QWQALinearLayer
         >>> layer = QWQALinearLayer(2048, 2048)
@@ -133,6 +136,8 @@ def lay_out(model: nn.Module) -> None:
         >>> pages_of(layer.int8_weights) in ("huge", "small", "")
         True
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"lay_out takes an nn.Module, not {model!r:.60}")
     lay_out_layers([m for m in model.modules() if isinstance(m, QuantizedModule)])
 
 
@@ -212,12 +217,17 @@ def pages_of(tensor: torch.Tensor, maps: list[tuple[int, int, str]] | None = Non
     Returns:
         ``"huge"``, ``"small"``, ``"file"`` (of a mapped file), or ``""`` where that is not known.
 
+    Raises:
+        TypeError: if it is no tensor.
+
     Example:
         >>> pages_of(torch.zeros(3)) in ("small", "huge", "")
         True
         >>> pages_of(torch.zeros(3, device="meta"))
         ''
     """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"pages_of takes a tensor, not {tensor!r:.60}")
     if tensor.device.type != "cpu" or tensor.layout is not torch.strided or not tensor.numel():
         return ""
     try:

@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 from torch import nn
 
 from quantization import compare, divergence, quantize_model, unfuse_experts
+from tests import tiny_models
 from tests.unittest_bridge import pytest_cases
 
 load_tests = pytest_cases(__file__)
@@ -34,18 +35,7 @@ def pair(recipe: Any = "w4g16", layers: int = 4) -> tuple[nn.Module, nn.Module]:
 
 
 def llama(layers: int = 3) -> nn.Module:
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.1,
-    )
-    return transformers.LlamaForCausalLM(config).eval()
+    return tiny_models.random_model("llama", num_hidden_layers=layers, initializer_range=0.1)
 
 
 def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:

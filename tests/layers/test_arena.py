@@ -9,6 +9,7 @@ import multiprocessing as mp
 import os
 import pickle
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -229,6 +230,12 @@ def test_half_of_what_is_left_may_be_taken(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(arena, "_left_in_system", lambda: None)
     (tmp_path / "memory.max").unlink()
     assert not fits(1)
+
+
+@pytest.mark.parametrize(("call", "wanted"), [(lay_out, "an nn.Module"), (pages_of, "a tensor")])
+def test_what_is_no_model_and_no_tensor_is_named(call: Any, wanted: str) -> None:
+    with pytest.raises(TypeError, match=f"takes {wanted}, not 'some'"):
+        call("some")
 
 
 @needs_pages
